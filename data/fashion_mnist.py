@@ -20,6 +20,9 @@ from pathlib import Path
 import cyclopts
 import numpy as np
 import tensorflow_datasets as tfds
+from cyclopts.types import ExistingDirectory
+
+DATA_DIR = Path(__file__).resolve().parent
 
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 
@@ -56,8 +59,8 @@ class FashionMnistFull(tfds.core.GeneratorBasedBuilder):
     def _info(self):
         return tfds.core.DatasetInfo(
             builder=self,
-            description=f"Fashion-MNIST: grey 28 × 28 images of articles of clothing, in 10 classes. The first "
-            f"{self.TRAINING_IMAGES:,} of the 60,000 training images and all 10,000 test images, in the original order.",
+            description="Fashion-MNIST: grey 28 × 28 images of clothing in 10 classes. "
+            f"The first {self.TRAINING_IMAGES:,} of the 60,000 training images and all 10,000 test images, in order.",
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(28, 28, 1)),
@@ -119,7 +122,7 @@ def read_idx(path, sha256):
     return np.frombuffer(contents, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
-def main(*, full: bool = False, manual_dir: Path | None = None, data_dir: Path = Path(__file__).resolve().parent):
+def main(*, full: bool = False, manual_dir: ExistingDirectory | None = None, data_dir: Path = DATA_DIR):
     """Prepare Fashion-MNIST for `tfds.load`.
 
     Args:
@@ -128,7 +131,13 @@ def main(*, full: bool = False, manual_dir: Path | None = None, data_dir: Path =
         data_dir: folder that receives the prepared data set.
     """
     builder = (FashionMnistFull if full else FashionMnist10k)(data_dir=data_dir)
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual_dir))
+    try:
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual_dir))
+    except OSError as error:
+        error.add_note(
+            f"{builder.name} was not prepared. Without a network, pass --manual-dir with the four original files."
+        )
+        raise
     print(f"{builder.name} is in {builder.data_path}: use it with --dataset {builder.name} --data-dir {data_dir}")
 
 
