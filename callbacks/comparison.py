@@ -85,6 +85,7 @@ class Comparison:
         self.settings = dict(settings or {})
         self.runs = []
         self.interrupted = False
+        self.environment = _environment()
         self._data = {"train": train, "validation": validation, "test": test}
         self._data = {split: data for split, data in self._data.items() if data is not None}
         self.split = "validation" if test is None and validation is not None else "test"
@@ -143,14 +144,64 @@ class Comparison:
         runs = self._comparable_runs()
         return [self._summarise(variant, runs) for variant in runs]
 
-    def report(self):
-        """Print the table of `summary()`, with what its columns mean."""
-        from rich.console import Console
-
-        console = Console()
+    def table(self):
+        """Return `summary()` as a dict from a column's title to its cells, formatted for people."""
         rows = self.summary()
-        console.print(self._table(rows))
-        console.print("\n".join(self._notes(rows)), style="dim", highlight=False)
+        columns = {
+            "variant": [row["variant"] for row in rows],
+            f"{self.split} {self.metric}": [
+                f"{row['diverged']} of {row['seeds']} diverged"
+                if row["diverged"]
+                else _with_interval(row["mean"], row["half_width"])
+                for row in rows
+            ],
+            "difference": [_with_interval(row["difference"], row["difference_half_width"], sign="+") for row in rows],
+            "gap": [_number(row["gap"], sign="+") for row in rows],
+            "time": ["–" if row["time"] is None else f"{row['time']:.2f}" for row in rows],
+            "verdict": [(row["verdict"] or "–").removesuffix(f" at {row['seeds']} seeds") for row in rows],
+        }
+        return {title: cells for title, cells in columns.items() if set(cells) != {"–"}}
+
+    def notes(self):
+        """Return the sentences that say what the columns of `table()` mean."""
+        rows = self.summary()
+        seeds, differences = rows[0]["seeds"], len(rows) - 1
+        notes = []
+        if self.interrupted:
+            notes.append(f"Interrupted after {len(self.runs)} runs: only the seeds that can be compared are shown.")
+        if seeds == 1:
+            notes.append("One seed: no interval and no verdict. More seeds give both (in a recipe: --seeds 5).")
+        else:
+            notes.append(
+                f"{seeds} paired seeds; ± is a 95 % t-interval over seeds, that of a difference adjusted for "
+                f"{differences}. It does not cover the choice of {self.split} examples."
+            )
+        if any(row["gap"] is not None for row in rows):
+            notes.append(f"gap: training minus {self.split} {self.metric}, both by evaluate().")
+        if any(row["time"] is not None for row in rows):
+            notes.append("time: per epoch, relative to the baseline.")
+        settings = [f"{name} {value}" for name, value in self.settings.items() if value is not None]
+        if settings:
+            notes.append(f"settings: {', '.join(settings)}.")
+        return notes
+
+    def report(self):
+        """Print `table()` and `notes()`."""
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+        columns = self.table()
+        for title in columns:
+            words = title in ("variant", "verdict")
+            table.add_column(title, justify="left" if words else "right", no_wrap=not words)
+        styles = {"better": "green", "worse": "red", "diverged": "red"}
+        for cells in zip(*columns.values(), strict=True):
+            table.add_row(*cells, style=styles.get(cells[-1]))
+        console = Console()
+        console.print(table)
+        console.print("\n".join(self.notes()), style="dim", highlight=False)
 
     def plot(self, path):
         """Draw the metric by epoch and the paired differences, and write them to the SVG file `path`.
@@ -161,7 +212,7 @@ class Comparison:
 
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "comparison", "font.family": "sans-serif"}):
             figure = self._figure()
-            with _replacing(Path(path)) as temporary:
+            with replacing(Path(path)) as temporary:
                 # Without a date the same result gives the same file.
                 figure.savefig(temporary, format="svg", metadata={"Date": None})
 
@@ -175,7 +226,7 @@ class Comparison:
         # JSON has no notation for numbers that are not finite: they become null.
         content = json.loads(json.dumps(self._as_dict()), parse_constant=lambda _: None)
         self.plot(path.with_name(path.name + ".svg"))
-        with _replacing(path.with_name(path.name + ".json")) as temporary:
+        with replacing(path.with_name(path.name + ".json")) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -191,6 +242,7 @@ class Comparison:
         )
         comparison.split = content["split"]
         comparison.interrupted = content["interrupted"]
+        comparison.environment = content["environment"]
         comparison.runs = _with_nan(content["runs"])
         return comparison
 
@@ -382,53 +434,6 @@ class Comparison:
         figures = [*run["metrics"][self.split].values(), *run["curve"].get("loss", [])[-1:]]
         return not all(map(math.isfinite, figures))
 
-    def _table(self, rows):
-        from rich import box
-        from rich.table import Table
-
-        columns = {
-            f"{self.split} {self.metric}": [
-                f"{row['diverged']} of {row['seeds']} diverged"
-                if row["diverged"]
-                else _with_interval(row["mean"], row["half_width"])
-                for row in rows
-            ],
-            "difference": [_with_interval(row["difference"], row["difference_half_width"], sign="+") for row in rows],
-            "gap": [_number(row["gap"], sign="+") for row in rows],
-            "time": ["–" if row["time"] is None else f"{row['time']:.2f}" for row in rows],
-        }
-        columns = {name: cells for name, cells in columns.items() if set(cells) != {"–"}}
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-        table.add_column("variant", style="bold")
-        for name in columns:
-            table.add_column(name, justify="right")
-        table.add_column("verdict")
-        styles = {"better": "green", "worse": "red", "diverged": "red"}
-        for row, *cells in zip(rows, *columns.values(), strict=True):
-            table.add_row(row["variant"], *cells, row["verdict"], style=styles.get(row["verdict"]))
-        return table
-
-    def _notes(self, rows):
-        seeds, differences = rows[0]["seeds"], len(rows) - 1
-        notes = []
-        if self.interrupted:
-            notes.append(f"Interrupted after {len(self.runs)} runs: only the seeds that can be compared are shown.")
-        if seeds == 1:
-            notes.append("One seed: no interval and no verdict. More seeds give both (in a recipe: --seeds 5).")
-        else:
-            notes.append(
-                f"{seeds} paired seeds; ± is a 95 % t-interval over seeds, that of a difference adjusted for "
-                f"{differences}. It does not cover the choice of {self.split} examples."
-            )
-        if any(row["gap"] is not None for row in rows):
-            notes.append(f"gap: training minus {self.split} {self.metric}, both by evaluate().")
-        if any(row["time"] is not None for row in rows):
-            notes.append("time: per epoch, relative to the baseline.")
-        settings = [f"{name} {value}" for name, value in self.settings.items() if value is not None]
-        if settings:
-            notes.append(f"settings: {', '.join(settings)}.")
-        return notes
-
     def _figure(self):
         import pandas
         import seaborn
@@ -488,7 +493,7 @@ class Comparison:
             )
         axes.axvline(0, color="black", linewidth=1)
         axes.set_yticks(range(len(variants)), variants)
-        axes.set_ylim(len(variants) - 0.5, -0.5)
+        axes.set_ylim(max(len(variants), 1) - 0.5, -0.5)
         axes.set(title=f"{self.split} {self.metric}: difference from\n{self.baseline}", xlabel="difference")
 
     def _as_dict(self):
@@ -500,8 +505,7 @@ class Comparison:
             "same_start": self.same_start,
             "interrupted": self.interrupted,
             "settings": self.settings,
-            "versions": _versions(),
-            "processor": _processor(),
+            "environment": self.environment,
             "runs": self.runs,
         }
 
@@ -617,22 +621,20 @@ def _floats(figures):
     return {name: float(value) for name, value in figures.items()}
 
 
-def _versions():
+def _environment():
+    """Return the versions and the processor that the figures depend on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     backend = keras.backend.backend()
     return {
         "python": platform.python_version(),
         "keras": keras.__version__,
         "backend": f"{backend} {importlib.metadata.version(backend)}",
+        "processor": f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores",
     }
-
-
-def _processor():
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def _with_nan(value):
@@ -665,7 +667,7 @@ def _check_writable(path):
 
 
 @contextlib.contextmanager
-def _replacing(path):
+def replacing(path):
     """Give a temporary path beside `path` to write to; when the block ends well, it takes the place of `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

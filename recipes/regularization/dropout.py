@@ -39,22 +39,23 @@ DATA_DIR = Path(__file__).resolve().parent.parent.parent / "data"
 def load(dataset, data_dir, limit):
     """Return (images, labels) for training, validation and test, and the number of classes.
 
-    Images are uint8 arrays of shape (examples, height, width, channels) with values from 0 to 255.
+    Images are uint8 arrays of shape (examples, height, width, channels), values 0 to 255. Nothing is downloaded.
     """
     try:
-        if not Path(data_dir).is_dir():
+        if not data_dir.is_dir():
             raise FileNotFoundError(f"there is no folder {data_dir}")
+        split = ["train[:80%]", "train[80%:]", "test"]
         splits, info = tfds.load(
-            dataset, split=["train[:80%]", "train[80%:]", "test"], data_dir=data_dir, as_supervised=True, with_info=True
+            dataset, split=split, data_dir=data_dir, as_supervised=True, with_info=True, download=False
         )
         arrays = [next(iter(tfds.as_numpy(split.take(limit or -1).batch(len(split))))) for split in splits]
         return *arrays, info.features[info.supervised_keys[1]].num_classes
     except Exception as error:
-        cause = str(error).strip().partition("\n")[0]
+        cause = str(error).strip().partition("\n")[0].rstrip(".")
         error.add_note(
-            f"{dataset!r} was not loaded from {data_dir}: {cause}. With --dataset and --data-dir, name a labelled "
-            "image set of TensorFlow Datasets with a train and a test split and images of one size; the one that comes "
-            "with the recipes is in the folder data of their repository."
+            f"{dataset!r} was not loaded from {data_dir}: {cause}. Use --data-dir to name a folder in which TensorFlow "
+            "Datasets has prepared the set (`tfds build NAME --data_dir FOLDER` does so); the set must have labelled "
+            "images of one size, a train and a test split. The recipes' own is in the folder data of their repository."
         )
         raise
 

@@ -1,0 +1,93 @@
+"""Measure every recipe whose result is stale, and make the gallery and the README's tables from the results."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import cyclopts
+from cyclopts.types import PositiveInt
+
+from callbacks.comparison import replacing
+from evidence.gallery import generated_files
+from evidence.recipes import ROOT, digest, find_recipes, result_path, why_stale
+
+
+def known_recipe(_, names):
+    """Validate names of recipes, for the command line."""
+    known = {recipe.stem for recipe in find_recipes()}
+    unknown = [name for name in names if Path(name).stem not in known]
+    if unknown:
+        raise ValueError(f"There is no recipe {unknown[0]!r}: choose from {', '.join(sorted(known))}.")
+
+
+def main(
+    *recipes: Annotated[str, cyclopts.Parameter(validator=known_recipe)],
+    seeds: PositiveInt = 5,
+    check: bool = False,
+    force: bool = False,
+):
+    """Run the recipes whose results are stale, then remake the gallery and the README's tables.
+
+    A result is stale when the recipe's code, or that of a callback it imports, has changed since it was measured;
+    comments and docstrings do not count. When the command is interrupted, the results that it finished stay, and the
+    next call goes on from there.
+
+    Args:
+        recipes: names of recipes, such as `dropout`; all of them if none is given.
+        seeds: number of paired repetitions.
+        check: say what is stale, change nothing, and exit with 1 if anything is.
+        force: run the recipes whether their results are stale or not.
+    """
+    names = {Path(name).stem for name in recipes}
+    chosen = [recipe for recipe in find_recipes() if not names or recipe.stem in names]
+    stale = {recipe: "forced" if force else why_stale(recipe, seeds) for recipe in chosen}
+    stale = {recipe: reason for recipe, reason in stale.items() if reason}
+    if check:
+        outdated = [
+            path for path, text in generated_files().items() if not path.exists() or path.read_text("utf-8") != text
+        ]
+        for recipe, reason in stale.items():
+            print(f"{recipe.relative_to(ROOT)}: {reason}")
+        for path in outdated:
+            print(f"{path.relative_to(ROOT)}: its generated text differs from the results and cards")
+        if stale or outdated:
+            print("Run: python -m evidence")
+            return 1
+        print(f"All is fresh: {len(chosen)} {'recipe' if len(chosen) == 1 else 'recipes'}.")
+        return 0
+    for number, (recipe, reason) in enumerate(stale.items(), start=1):
+        print(f"[{number}/{len(stale)}] {recipe.relative_to(ROOT)}: {reason}", flush=True)
+        measure(recipe, seeds)
+    for path, text in generated_files().items():
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    print(f"{len(stale)} measured, {len(chosen) - len(stale)} fresh; the gallery is evidence/README.md.")
+    return 0
+
+
+def measure(recipe, seeds):
+    """Run a recipe as a script, and put its picture and then its result in the place of the old ones.
+
+    Raises:
+        SystemExit: the script failed; with its exit code. The old result stays.
+    """
+    path = result_path(recipe)
+    path.parent.mkdir(exist_ok=True)
+    code = digest(recipe)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".running-") as folder:
+        new = Path(folder) / path.name
+        process = subprocess.run([sys.executable, recipe, "--seeds", str(seeds), "--save", new], cwd=ROOT)
+        if process.returncode:
+            print(f"{recipe.relative_to(ROOT)} failed; its old result stays as it was.", file=sys.stderr)
+            raise SystemExit(process.returncode)
+        result = {"recipe": str(recipe.relative_to(ROOT)), "digest": code} | json.loads(new.read_text(encoding="utf-8"))
+        new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        new.with_suffix(".svg").replace(path.with_suffix(".svg"))
+        new.replace(path)
+
+
+if __name__ == "__main__":
+    cyclopts.run(main)

@@ -1,0 +1,111 @@
+"""The texts made from the results: the gallery (`evidence/README.md`) and the tables in the project's README."""
+
+from callbacks import Comparison
+from evidence.recipes import ROOT, find_recipes, read_card, result_path
+
+INTRODUCTION = """# Measured effects
+
+Made by `python -m evidence` from the results beside this file; nothing here is typed by hand.
+
+Every variant of a recipe is trained from the same starting weights, once for each seed, and evaluated on the test data
+once, when its training has ended. A *difference* is the mean over seeds of the variant's figure minus the baseline's at
+the same seed, with its 95 % t-interval, Bonferroni-adjusted for the number of differences in the table. The verdict is
+"better" or "worse" when that whole interval lies on one side of zero. The intervals cover the seeds, not the choice of
+the test images: with other test images the figures would differ by more than the intervals say. The *gap* is the
+training figure minus the test figure; the *time* is that of an epoch, relative to the baseline.
+"""
+
+
+def generated_files(root=ROOT):
+    """Return {path: text} of every file that is made from the results, as it should be now.
+
+    Raises:
+        ValueError: the README lacks one of the pairs of markers, or a recipe has no complete card.
+    """
+    recipes = find_recipes(root)
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    readme = _between_markers(readme, "symptoms", _symptoms(recipes))
+    readme = _between_markers(readme, "effects", _effects(recipes))
+    gallery = "\n".join([INTRODUCTION, *map(_section, recipes)])
+    return {root / "README.md": readme, root / "evidence" / "README.md": gallery}
+
+
+def _between_markers(readme, name, text):
+    begin, end = f"<!-- {name}: made by python -m evidence -->", f"<!-- end of {name} -->"
+    if readme.count(begin) != 1 or readme.count(end) != 1:
+        raise ValueError(f"README.md must hold the lines {begin!r} and {end!r}, once each.")
+    before, _, rest = readme.partition(begin)
+    return f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}"
+
+
+def _symptoms(recipes):
+    rows = []
+    for recipe in recipes:
+        card = read_card(recipe)
+        rows.append([_one_line(card["Symptom"]), f"[{card['Name']}]({_relative(recipe)})"])
+    return _markdown_table({"What you see": [row[0] for row in rows], "What to try": [row[1] for row in rows]})
+
+
+def _effects(recipes):
+    rows = []
+    for recipe in recipes:
+        comparison = _result(recipe)
+        if comparison is None:
+            continue
+        summary, table = comparison.summary(), comparison.table()
+        for index, row in enumerate(summary[1:], start=1):
+            rows.append(
+                {
+                    "recipe": f"[{read_card(recipe)['Name']}]({_relative(recipe)})",
+                    "variant": row["variant"],
+                    "against": comparison.baseline,
+                    "figure": f"{comparison.split} {comparison.metric}",
+                    "difference": table.get("difference", ["–"] * len(summary))[index],
+                    "verdict": row["verdict"] or "–",
+                }
+            )
+    pictures = "\n\n".join(
+        f"![{read_card(recipe)['Name']}: curves and differences]({_relative(result_path(recipe).with_suffix('.svg'))})"
+        for recipe in recipes
+        if _result(recipe)
+    )
+    if not rows:
+        return "Nothing has been measured yet."
+    return _markdown_table({title: [row[title] for row in rows] for title in rows[0]}) + "\n\n" + pictures
+
+
+def _section(recipe):
+    card, comparison = read_card(recipe), _result(recipe)
+    head = f"## {card['Name']}\n\n{card['Name']} {card['Summary']}\n\n*Symptom:* {_one_line(card['Symptom'])}\n"
+    if comparison is None:
+        return f"{head}\nNot measured yet.\n"
+    seeds = comparison.summary()[0]["seeds"]
+    environment = comparison.environment
+    return f"""{head}
+    python {_relative(recipe)} --seeds {seeds}
+
+{_markdown_table(comparison.table())}
+
+![{card["Name"]}: curves and differences]({recipe.parent.name}/{recipe.stem}.svg)
+
+{seeds} seeds; {", ".join(f"{name} {value}" for name, value in comparison.settings.items() if value is not None)}.
+Keras {environment["keras"]} on {environment["backend"]}, Python {environment["python"]}; {environment["processor"]}.
+"""
+
+
+def _result(recipe):
+    path = result_path(recipe)
+    return Comparison.load(path) if path.exists() else None
+
+
+def _markdown_table(columns):
+    lines = [columns, ["---"] * len(columns), *zip(*columns.values(), strict=True)]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _one_line(text):
+    return " ".join(text.split())
+
+
+def _relative(path):
+    return "/".join(path.parts[-3:])

@@ -1,0 +1,130 @@
+"""What the evidence runner knows of a recipe: where it is, its card, its result, and whether that result is stale."""
+
+import ast
+import hashlib
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The order in which a reader meets the themes; a theme that is not named here comes after them.
+THEMES = [
+    "numerics",
+    "initialization",
+    "gradients",
+    "normalization",
+    "regularization",
+    "averaging",
+    "optimizers",
+    "schedules",
+    "architectures",
+]
+
+LABELS = ["Symptom", "Technique", "Change", "Look for", "Cost", "Source"]
+
+
+def find_recipes(root=ROOT):
+    """Return the paths of all recipes below `root`, by theme and name."""
+
+    def order(path):
+        theme = path.parent.name
+        return THEMES.index(theme) if theme in THEMES else len(THEMES), theme, path.stem
+
+    return sorted((root / "recipes").glob("*/*.py"), key=order)
+
+
+def read_card(recipe):
+    """Return a recipe's card as a dict: its `Name`, its `Summary`, and the text of each label.
+
+    Raises:
+        ValueError: the docstring does not begin with "Name: summary.", or its labels are not LABELS, in that order.
+    """
+    docstring = ast.get_docstring(ast.parse(recipe.read_text(encoding="utf-8"))) or ""
+    first_line, _, rest = docstring.partition("\n")
+    parts = re.split(rf"^({'|'.join(LABELS)}): ", rest, flags=re.MULTILINE)
+    if parts[1::2] != LABELS or not re.fullmatch(r"[^:]+: .+\.", first_line):
+        raise ValueError(
+            f'{recipe} has no complete card: its docstring must begin with "Name: one sentence." and go on with '
+            f"paragraphs labelled {', '.join(LABELS)}, in this order; it has {parts[1::2]}."
+        )
+    name, _, summary = first_line.partition(": ")
+    return {"Name": name, "Summary": summary} | {
+        label: text.strip() for label, text in zip(parts[1::2], parts[2::2], strict=True)
+    }
+
+
+def result_path(recipe):
+    """Return the path of the JSON file that holds a recipe's result; the picture is beside it."""
+    root = recipe.parent.parent.parent
+    return root / "evidence" / recipe.parent.name / f"{recipe.stem}.json"
+
+
+def digest(recipe):
+    """Return a digest of the code that a recipe's result depends on: its own, and that of the callbacks it imports.
+
+    Comments, docstrings and formatting are left out, and so is `callbacks/comparison.py`, which measures but does not
+    train. The digest is the same for every version of Python that runs the recipes.
+    """
+    files = [recipe, *sorted(_imported_callbacks(recipe))]
+    return hashlib.sha256("\n".join(repr(_code(file)) for file in files).encode()).hexdigest()
+
+
+def why_stale(recipe, seeds):
+    """Return in words why a recipe must be measured again for a result of `seeds` seeds, or None if it need not be."""
+    path = result_path(recipe)
+    if not path.exists():
+        return "it has no result"
+    if not path.with_suffix(".svg").exists():
+        return "its picture is missing"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if result["digest"] != digest(recipe):
+        return "its code has changed since it was measured"
+    measured = len({run["seed"] for run in result["runs"]})
+    if measured < seeds:
+        return f"its result has {measured} seeds, not {seeds}"
+    return None
+
+
+def _imported_callbacks(file, seen=()):
+    """Return the files of the callbacks that `file` imports, directly or through another callback."""
+    root = ROOT / "callbacks"
+    module_of = {
+        alias.name: node.module
+        for node in ast.parse((root / "__init__.py").read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    files = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "callbacks":
+            for alias in node.names:
+                module = node.module if node.module != "callbacks" else module_of[alias.name]
+                files.add(root / f"{module.partition('.')[2]}.py")
+    files -= {root / "comparison.py", *seen}
+    for imported in list(files):
+        files |= _imported_callbacks(imported, {*seen, *files})
+    return files
+
+
+def _code(file):
+    """Return a Python file's syntax tree, without docstrings, as nested lists of names and values.
+
+    `ast.dump` and `ast.unparse` would do, if their output did not differ between versions of Python.
+    """
+
+    def reduce(node):
+        if isinstance(node, list):
+            return [reduce(item) for item in node]
+        if not isinstance(node, ast.AST):
+            return repr(node)
+        fields = dict(ast.iter_fields(node))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            fields["body"] = node.body[ast.get_docstring(node) is not None :]
+        # Empty fields are left out because new versions of Python add some.
+        return [
+            type(node).__name__,
+            *([name, reduce(value)] for name, value in fields.items() if value not in (None, [])),
+        ]
+
+    return reduce(ast.parse(file.read_text(encoding="utf-8")))

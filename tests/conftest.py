@@ -1,0 +1,27 @@
+import importlib.util
+
+import keras
+import pytest
+
+from evidence.recipes import ROOT
+
+
+def load_module(path):
+    """Import the Python file at `path`, anew each time."""
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def import_recipe():
+    """Return a function that imports a recipe by "THEME/NAME"."""
+    return lambda name: load_module(ROOT / "recipes" / f"{name}.py")
+
+
+@pytest.fixture(autouse=True)
+def free_memory():
+    """Forget the models of each test."""
+    yield
+    keras.utils.clear_session()
