@@ -441,7 +441,7 @@ class Comparison:
 
         runs = self._comparable_runs()
         palette = dict(zip(runs, seaborn.color_palette("colorblind", len(runs)), strict=True))
-        curves = {f"training {self.metric}": self.metric, f"validation {self.metric}": f"val_{self.metric}"}
+        curves = {f"training {self.metric}, as logged": self.metric, f"validation {self.metric}": f"val_{self.metric}"}
         table = pandas.DataFrame(
             [
                 {"variant": variant, "epoch": epoch, "curve": title, "value": value}

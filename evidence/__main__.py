@@ -15,12 +15,11 @@ from evidence.gallery import generated_files
 from evidence.recipes import ROOT, digest, find_recipes, result_path, why_stale
 
 
-def known_recipe(_, names):
-    """Validate names of recipes, for the command line."""
-    known = {recipe.stem for recipe in find_recipes()}
-    unknown = [name for name in names if Path(name).stem not in known]
-    if unknown:
-        raise ValueError(f"There is no recipe {unknown[0]!r}: choose from {', '.join(sorted(known))}.")
+def known_recipe(_, name):
+    """Validate the name of a recipe, for the command line."""
+    known = sorted(recipe.stem for recipe in find_recipes())
+    if Path(name).stem not in known:
+        raise ValueError(f"There is no recipe {name!r}: choose from {', '.join(known)}.")
 
 
 def main(

@@ -66,7 +66,7 @@ def digest(recipe):
     Comments, docstrings and formatting are left out, and so is `callbacks/comparison.py`, which measures but does not
     train. The digest is the same for every version of Python that runs the recipes.
     """
-    files = [recipe, *sorted(_imported_callbacks(recipe))]
+    files = [recipe, *_imported_callbacks(recipe)]
     return hashlib.sha256("\n".join(repr(_code(file)) for file in files).encode()).hexdigest()
 
 
@@ -86,25 +86,29 @@ def why_stale(recipe, seeds):
     return None
 
 
-def _imported_callbacks(file, seen=()):
-    """Return the files of the callbacks that `file` imports, directly or through another callback."""
-    root = ROOT / "callbacks"
-    module_of = {
-        alias.name: node.module
-        for node in ast.parse((root / "__init__.py").read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ImportFrom)
+def _imported_callbacks(recipe):
+    """Return the files of the callbacks that a recipe imports, directly or through another callback, in order."""
+    folder = recipe.parent.parent.parent / "callbacks"
+    files, unread = set(), [recipe]
+    while unread:
+        for module, name in _imports_from_callbacks(unread.pop()):
+            if module == "callbacks":
+                module = {name: module for module, name in _imports_from_callbacks(folder / "__init__.py")}[name]
+            file = folder / f"{module.removeprefix('callbacks.')}.py"
+            if file.stem != "comparison" and file not in files:
+                files.add(file)
+                unread.append(file)
+    return sorted(files)
+
+
+def _imports_from_callbacks(file):
+    """Return (module, name) for every `from callbacks… import name` in a Python file."""
+    return [
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("callbacks.")
         for alias in node.names
-    }
-    files = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "callbacks":
-            for alias in node.names:
-                module = node.module if node.module != "callbacks" else module_of[alias.name]
-                files.add(root / f"{module.partition('.')[2]}.py")
-    files -= {root / "comparison.py", *seen}
-    for imported in list(files):
-        files |= _imported_callbacks(imported, {*seen, *files})
-    return files
+    ]
 
 
 def _code(file):

@@ -87,7 +87,9 @@ def main(
     limit: PositiveInt | None = None,
     save: Path | None = None,
     network: Literal["dense", "convolutional"] = "dense",
-    learning_rate: PositiveFloat = 0.001,
+    # Validation accuracy over five seeds without dropout: 0.8524 at 0.0001, 0.8517 at 0.0003, 0.8499 at 0.001 and
+    # 0.8476 at 0.003; with dropout 0.2 and 0.5 it is highest at 0.0003.
+    learning_rate: PositiveFloat = 0.0003,
 ):
     """Train one network without dropout and with dropout at three rates, and compare their test accuracy.
 

@@ -379,7 +379,7 @@ def test_saved_json_is_strict_and_the_picture_shows_every_variant(tmp_path):
     content = json.loads((tmp_path / "name.json").read_text(), parse_constant=refuse)
     assert content["runs"][-1]["metrics"]["test"]["accuracy"] is None
     texts = {element.text for element in ElementTree.parse(tmp_path / "name.svg").iter() if element.text}
-    assert {"a", "b", "diverging", "training accuracy", "validation accuracy", "epoch"} <= texts
+    assert {"a", "b", "diverging", "training accuracy, as logged", "validation accuracy", "epoch"} <= texts
 
 
 def test_same_result_gives_the_same_picture(tmp_path):

@@ -1,0 +1,311 @@
+"""What every recipe must do; recipes are found by looking at the folder."""
+
+import ast
+import inspect
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cyclopts
+import keras
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from evidence.gallery import generated_files
+from evidence.recipes import ROOT, find_recipes, read_card, why_stale
+from tests.conftest import load_module
+
+LIMIT = 64
+
+
+# One group a recipe, so that its observed trainings are made by one of the processes that share the tests.
+pytestmark = pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(path, id=path.stem, marks=pytest.mark.xdist_group(path.stem)) for path in find_recipes()],
+    scope="module",
+)
+
+
+@pytest.fixture(scope="module")
+def observed(recipe):
+    """Two calls of the recipe's main, the second with one seed and other test data: [(comparison, events)] * 2."""
+    return [observe(recipe, seeds=2), observe(recipe, seeds=1, replace_test_data=True)]
+
+
+def observe(path, seeds, replace_test_data=False):
+    """Run a recipe for one epoch; return its comparison and what happened to models and test data.
+
+    Events are ("start", model, trainable weights), ("end", model, None) and ("test", model, None), in order.
+    """
+    module = load_module(path)
+    load, fit = module.load, keras.Model.fit
+    events, test_data = [], []
+
+    def spy_on_load(*arguments, **keywords):
+        train, validation, (images, labels), classes = load(*arguments, **keywords)
+        if replace_test_data:
+            images, labels = 255 - images, (labels + 1) % classes
+        test_data.append(images)
+        return train, validation, (images, labels), classes
+
+    class First(keras.callbacks.Callback):
+        def on_train_end(self, logs=None):
+            events.append(("end", self.model, None))
+
+    class Last(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            weights = [np.array(keras.ops.convert_to_numpy(weight)) for weight in self.model.trainable_variables]
+            events.append(("start", self.model, weights))
+
+    def spy_on_fit(self, *arguments, callbacks=(), **keywords):
+        return fit(self, *arguments, callbacks=[First(), *callbacks, Last()], **keywords)
+
+    def spy_on_use(method):
+        def use(self, x=None, *arguments, **keywords):
+            if isinstance(x, np.ndarray) and any(np.shares_memory(x, images) for images in test_data):
+                events.append(("test", self, None))
+            return method(self, x, *arguments, **keywords)
+
+        return use
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load", spy_on_load)
+        patch.setattr(keras.Model, "fit", spy_on_fit)
+        for name in ("evaluate", "predict"):
+            patch.setattr(keras.Model, name, spy_on_use(getattr(keras.Model, name)))
+        return module.main(epochs=1, seeds=seeds, limit=LIMIT), events
+
+
+def test_runs_and_gives_figures_that_are_finite_or_marked_as_diverged(recipe, observed):
+    comparison, _ = observed[0]
+    rows = comparison.summary()
+    assert len(rows) >= 2
+    assert all(row["seeds"] == 2 for row in rows)
+    assert all(row["diverged"] or math.isfinite(row["mean"]) for row in rows)
+    assert rows[0]["variant"] == comparison.baseline == next(iter(load_module(recipe).VARIANTS))
+
+
+def test_every_run_has_a_new_model(observed):
+    started = [model for kind, model, _ in observed[0][1] if kind == "start"]
+    assert len({id(model) for model in started}) == len(started)
+
+
+def test_variants_of_a_seed_start_equal(observed):
+    comparison, events = observed[0]
+    if not comparison.same_start:
+        pytest.skip("the recipe's variants differ in shape, or their start is the subject")
+    starts = [weights for kind, _, weights in events if kind == "start"]
+    assert len(starts) == len(comparison.runs)
+    first_of_seed = {}
+    for run, start in zip(comparison.runs, starts, strict=True):
+        expected = first_of_seed.setdefault(run["seed"], start)
+        for weight, expected_weight in zip(start, expected, strict=True):
+            np.testing.assert_array_equal(weight, expected_weight)
+    first, second = first_of_seed.values()
+    assert not all(map(np.array_equal, first, second)), "all seeds start equal"
+
+
+def test_test_data_is_used_once_after_training(observed):
+    for _, events in observed:
+        in_training, used = set(), set()
+        for kind, model, _ in events:
+            if kind == "start":
+                in_training.add(id(model))
+            elif kind == "end":
+                in_training.discard(id(model))
+            else:
+                assert not in_training, "test data was used while a model was in training"
+                assert id(model) not in used, "a model used the test data twice"
+                used.add(id(model))
+        assert used, "test data was not used"
+
+
+def test_test_data_changes_nothing_but_test_figures_and_a_seed_repeats(observed):
+    runs = [{(run["variant"], run["seed"]): run for run in comparison.runs} for comparison, _ in observed]
+    pairs = [(runs[0][key], runs[1][key]) for key in runs[1]]
+    for first, second in pairs:
+        np.testing.assert_equal(first["curve"], second["curve"])
+        for split in set(first["metrics"]) - {"test"}:
+            np.testing.assert_equal(first["metrics"][split], second["metrics"][split])
+    assert any(first["metrics"]["test"] != second["metrics"]["test"] for first, second in pairs)
+
+
+def test_flags_are_the_common_ones_first(recipe):
+    parameters = inspect.signature(load_module(recipe).main).parameters.values()
+    assert [parameter.name for parameter in parameters][:6] == [
+        "dataset",
+        "data_dir",
+        "epochs",
+        "seeds",
+        "limit",
+        "save",
+    ]
+    assert all(parameter.kind == parameter.KEYWORD_ONLY for parameter in parameters)
+
+
+@pytest.mark.parametrize("flag, value", [("--seeds", "0"), ("--epochs", "-1"), ("--limit", "0"), ("--epoch", "3")])
+def test_bad_flag_is_named_with_what_it_may_be(recipe, flag, value, capsys):
+    app = cyclopts.App(default_command=load_module(recipe).main, result_action="return_value")
+    with pytest.raises(SystemExit) as caught:
+        app([flag, value])
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert flag in captured.err
+    assert ("--epochs" if flag == "--epoch" else "Must be > 0") in captured.err
+    assert captured.out == ""
+
+
+def test_help_explains_every_flag(recipe):
+    module = load_module(recipe)
+    for name in inspect.signature(module.main).parameters:
+        assert f"    {name}: " in module.main.__doc__
+
+
+def test_imports_nothing_else_of_this_project_and_no_backend(recipe):
+    imported = {
+        name.partition(".")[0]
+        for node in ast.walk(ast.parse(recipe.read_text(encoding="utf-8")))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    assert not imported & {"recipes", "evidence", "tests", "data", "tensorflow", "jax", "torch"}
+
+
+class Colour(tfds.core.GeneratorBasedBuilder):
+    """9 × 11 colour images of 3 classes."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    SUPERVISED_KEYS = ("image", "label")
+
+    def _info(self):
+        features = {"image": tfds.features.Image(shape=(9, 11, 3)), "label": tfds.features.ClassLabel(num_classes=3)}
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=self.SUPERVISED_KEYS
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(50), "test": self._generate_examples(20)}
+
+    def _generate_examples(self, count):
+        generator = np.random.default_rng(count)
+        for index in range(count):
+            yield index, {"image": generator.integers(0, 256, (9, 11, 3), dtype=np.uint8), "label": index % 3}
+
+
+class Unlabelled(Colour):
+    SUPERVISED_KEYS = None
+
+
+@pytest.fixture(scope="module")
+def colour_images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    for builder in (Colour, Unlabelled):
+        builder(data_dir=folder).download_and_prepare()
+    return folder
+
+
+def run_alone(recipe, folder, *arguments):
+    """Copy a recipe with callbacks/ into an empty folder and run it there as a script, from another folder."""
+    (folder / "empty").mkdir()
+    shutil.copy(recipe, folder / "empty")
+    shutil.copytree(ROOT / "callbacks", folder / "empty" / "callbacks", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, folder / "empty" / recipe.name, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"})
+
+
+def test_stands_alone_with_any_data_set(recipe, colour_images, tmp_path):
+    process = run_alone(
+        recipe,
+        tmp_path,
+        *("--dataset", "colour", "--data-dir", colour_images, "--epochs", "1", "--save", tmp_path / "result"),
+    )
+    assert process.returncode == 0, process.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["settings"]["dataset"] == "colour"
+    lines = process.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum("verdict" in line and "variant" in line for line in lines) == 1, "the report is printed once"
+    assert all(run["variant"].split()[0] in process.stdout for run in result["runs"])
+
+
+def test_without_data_the_last_line_says_where_to_get_it(recipe, tmp_path):
+    process = run_alone(recipe, tmp_path)
+    assert process.returncode == 1
+    last_line = process.stderr.splitlines()[-1]
+    assert "--data-dir" in last_line
+    assert "tfds build" in last_line
+    assert "there is no folder" in last_line
+
+
+def corrupted(folder):
+    shutil.copytree(ROOT / "data" / "fashion_mnist_10k", folder / "fashion_mnist_10k")
+    (file,) = (folder / "fashion_mnist_10k" / "1.0.0").glob("*train.tfrecord*")
+    contents = bytearray(file.read_bytes())
+    contents[100] ^= 0xFF
+    file.write_bytes(contents)
+    return "fashion_mnist_10k", folder
+
+
+@pytest.mark.parametrize(
+    "case, cause",
+    [
+        ("nonsense", "not found"),
+        ("mnist", "could not find data"),
+        ("missing folder", "there is no folder"),
+        ("unlabelled", "does not support a supervised structure"),
+        ("corrupted", "corrupted record"),
+    ],
+)
+def test_data_that_cannot_be_loaded_is_explained_in_the_last_line(recipe, case, cause, colour_images, tmp_path):
+    dataset, data_dir = {
+        "missing folder": lambda: ("colour", tmp_path / "missing"),
+        "corrupted": lambda: corrupted(tmp_path),
+    }.get(case, lambda: (case, colour_images))()
+    with pytest.raises(Exception) as caught:  # noqa: PT011, B017
+        load_module(recipe).main(dataset=dataset, data_dir=data_dir, epochs=1)
+    note = caught.value.__notes__[-1]
+    assert cause in note
+    assert repr(dataset) in note
+    assert str(data_dir) in note
+    assert "\n" not in note
+
+
+def test_place_that_cannot_be_written_is_noticed_before_training(recipe, tmp_path, monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise AssertionError("training began")
+
+    monkeypatch.setattr(keras.Model, "fit", refuse)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Nothing can be saved in"):
+        load_module(recipe).main(epochs=1, limit=LIMIT, save=tmp_path / "file" / "name")
+
+
+def test_card_is_complete(recipe):
+    card = read_card(recipe)
+    assert all(card.values())
+    assert card["Name"].replace(" ", "_").replace("-", "_").lower() == recipe.stem
+
+
+def test_result_is_fresh(recipe):
+    assert why_stale(recipe, seeds=5) is None
+
+
+def test_readme_and_gallery_show_it_as_it_is(recipe):
+    for path, text in generated_files().items():
+        assert path.read_text(encoding="utf-8") == text
+        assert read_card(recipe)["Name"] in text
+        assert f"{recipe.parent.name}/{recipe.stem}.svg" in text
+
+
+def test_has_a_test_of_its_own(recipe):
+    assert Path(ROOT / "tests" / "recipes" / recipe.parent.name / f"test_{recipe.stem}.py").exists()
