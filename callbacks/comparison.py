@@ -191,7 +191,7 @@ class Comparison:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
         columns = self.table()
         for title in columns:
             words = title in ("variant", "verdict")

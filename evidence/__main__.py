@@ -17,7 +17,7 @@ from evidence.recipes import ROOT, digest, find_recipes, result_path, why_stale
 
 def known_recipe(_, name):
     """Validate the name of a recipe, for the command line."""
-    known = sorted(recipe.stem for recipe in find_recipes())
+    known = sorted(recipe.stem for recipe in find_recipes(ROOT))
     if Path(name).stem not in known:
         raise ValueError(f"There is no recipe {name!r}: choose from {', '.join(known)}.")
 
@@ -41,12 +41,12 @@ def main(
         force: run the recipes whether their results are stale or not.
     """
     names = {Path(name).stem for name in recipes}
-    chosen = [recipe for recipe in find_recipes() if not names or recipe.stem in names]
+    chosen = [recipe for recipe in find_recipes(ROOT) if not names or recipe.stem in names]
     stale = {recipe: "forced" if force else why_stale(recipe, seeds) for recipe in chosen}
     stale = {recipe: reason for recipe, reason in stale.items() if reason}
     if check:
         outdated = [
-            path for path, text in generated_files().items() if not path.exists() or path.read_text("utf-8") != text
+            path for path, text in generated_files(ROOT).items() if not path.exists() or path.read_text("utf-8") != text
         ]
         for recipe, reason in stale.items():
             print(f"{recipe.relative_to(ROOT)}: {reason}")
@@ -60,7 +60,7 @@ def main(
     for number, (recipe, reason) in enumerate(stale.items(), start=1):
         print(f"[{number}/{len(stale)}] {recipe.relative_to(ROOT)}: {reason}", flush=True)
         measure(recipe, seeds)
-    for path, text in generated_files().items():
+    for path, text in generated_files(ROOT).items():
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     print(f"{len(stale)} measured, {len(chosen) - len(stale)} fresh; the gallery is evidence/README.md.")

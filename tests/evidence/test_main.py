@@ -1,14 +1,15 @@
 """The command `python -m evidence`, in a copy of the project with a recipe that needs no training."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 
+import cyclopts
 import pytest
 
 from callbacks import Comparison
+from evidence import __main__
 from evidence.recipes import ROOT
 
 RECIPE = '''"""Quick: it adds figures without training.
@@ -55,11 +56,20 @@ def project(tmp_path):
     return tmp_path
 
 
-def evidence(project, *arguments):
-    environment = os.environ | {"PYTHONPATH": str(project)}
-    return subprocess.run(
-        [sys.executable, "-m", "evidence", *arguments], cwd=project, env=environment, capture_output=True, text=True
-    )
+@pytest.fixture
+def evidence(project, monkeypatch, capfd):
+    """Return a function that runs the command in the project, and gives its exit code and what it printed."""
+    monkeypatch.setattr(__main__, "ROOT", project)
+    monkeypatch.setenv("PYTHONPATH", str(project))
+
+    def run(*arguments):
+        try:
+            code = cyclopts.App(default_command=__main__.main, result_action="return_value")(arguments)
+        except SystemExit as error:
+            code = error.code
+        return code, "".join(capfd.readouterr())
+
+    return run
 
 
 def change(project, old, new):
@@ -73,15 +83,15 @@ def result(project):
     return project / "evidence" / "numerics" / "quick.json"
 
 
-def test_stale_recipes_are_measured_and_everything_is_made_from_the_results(project):
-    before = evidence(project, "--check", "--seeds", "3")
-    assert before.returncode == 1
-    assert "recipes/numerics/quick.py: it has no result" in before.stdout
+def test_stale_recipes_are_measured_and_everything_is_made_from_the_results(project, evidence):
+    code, output = evidence("--check", "--seeds", "3")
+    assert code == 1
+    assert "recipes/numerics/quick.py: it has no result" in output
     assert not result(project).exists()
 
-    run = evidence(project, "--seeds", "3")
-    assert run.returncode == 0, run.stderr
-    assert "[1/1] recipes/numerics/quick.py" in run.stdout
+    code, output = evidence("--seeds", "3")
+    assert code == 0
+    assert "[1/1] recipes/numerics/quick.py" in output
     content = json.loads(result(project).read_text())
     assert content["recipe"] == "recipes/numerics/quick.py"
     assert {run["seed"] for run in content["runs"]} == {0, 1, 2}
@@ -92,63 +102,64 @@ def test_stale_recipes_are_measured_and_everything_is_made_from_the_results(proj
     readme = (project / "README.md").read_text()
     for text in (gallery, readme):
         assert "| on |" in text
-        assert f"+{row['difference']:.4f} ± {row['difference_half_width']:.4f}" in text
+        assert f"{row['difference']:+.4f} ± {row['difference_half_width']:.4f}" in text
         assert "numerics/quick.svg" in text
     assert "epochs 3" in gallery
     assert r"| a \| b. | [Quick](recipes/numerics/quick.py) |" in readme
     assert "Dropout" not in gallery
 
-    assert evidence(project, "--check", "--seeds", "3").returncode == 0
-    again = evidence(project, "--seeds", "3")
-    assert "0 measured, 1 fresh" in again.stdout
-    assert "1 measured, 0 fresh" in evidence(project, "--seeds", "3", "--force").stdout
-    assert "its result has 3 seeds, not 5" in evidence(project, "--check").stdout
+    assert evidence("--check", "--seeds", "3") == (0, "All is fresh: 1 recipe.\n")
+    code, output = evidence("quick", "--seeds", "3")
+    assert "0 measured, 1 fresh" in output
+    code, output = evidence("--check")
+    assert "its result has 3 seeds, not 5" in output
+    code, output = evidence("--seeds", "3", "--force")
+    assert "1 measured, 0 fresh" in output
 
 
-def test_check_names_a_recipe_whose_code_has_changed_but_not_one_whose_docstring_has(project):
-    assert evidence(project).returncode == 0
+def test_check_names_a_recipe_whose_code_has_changed_but_not_one_whose_docstring_has(project, evidence):
+    assert evidence()[0] == 0
     change(project, "0.625", "0.725")
-    check = evidence(project, "--check")
-    assert check.returncode == 1
-    assert "recipes/numerics/quick.py: its code has changed" in check.stdout
+    code, output = evidence("--check")
+    assert code == 1
+    assert "recipes/numerics/quick.py: its code has changed" in output
     change(project, "0.725", "0.625")
     change(project, "Look for: d.", "Look for: something else.")
-    check = evidence(project, "--check")
-    assert check.returncode == 0
-    assert "quick.py" not in check.stdout
+    assert evidence("--check")[0] == 0
 
-
-def test_check_notices_text_that_was_typed_by_hand(project):
-    assert evidence(project).returncode == 0
     readme = project / "README.md"
     readme.write_text(readme.read_text().replace("| better |", "| much better |"))
-    check = evidence(project, "--check")
-    assert check.returncode == 1
-    assert "README.md: its generated text differs" in check.stdout
-    assert "quick.py" not in check.stdout
+    code, output = evidence("--check")
+    assert code == 1
+    assert "README.md: its generated text differs" in output
+    assert "quick.py" not in output
 
 
-def test_failed_recipe_leaves_the_old_result(project):
-    assert evidence(project).returncode == 0
+def test_failed_recipe_leaves_the_old_result(project, evidence):
+    assert evidence()[0] == 0
     old = result(project).read_bytes(), result(project).with_suffix(".svg").read_bytes()
     change(project, '        comparison.add("on"', '        raise SystemExit(3)\n        comparison.add("on"')
-    run = evidence(project)
-    assert run.returncode == 3
-    assert "its old result stays as it was" in run.stderr
+    code, output = evidence()
+    assert code == 3
+    assert "its old result stays as it was" in output
     assert (result(project).read_bytes(), result(project).with_suffix(".svg").read_bytes()) == old
     assert sorted(path.name for path in result(project).parent.iterdir()) == ["quick.json", "quick.svg"]
 
 
-def test_unknown_recipe_is_one_clear_line(project):
-    run = evidence(project, "quicker")
-    assert run.returncode == 2
-    assert "quicker" in run.stderr
-    assert "choose from quick" in run.stderr
+def test_unknown_recipe_is_named_with_what_it_may_be(evidence):
+    code, output = evidence("quicker")
+    assert code == 2
+    assert "quicker" in output
+    assert "choose from quick" in " ".join(output.replace("│", " ").split())
 
 
-def test_readme_without_markers_is_refused(project):
+def test_readme_without_markers_is_refused(project, evidence):
     readme = project / "README.md"
     readme.write_text(readme.read_text().replace("<!-- end of symptoms -->", ""))
-    run = evidence(project)
-    assert run.returncode == 1
-    assert "end of symptoms" in run.stderr.splitlines()[-1]
+    with pytest.raises(ValueError, match="end of symptoms"):
+        evidence("--check")
+
+
+def test_results_of_the_project_are_fresh():
+    process = subprocess.run([sys.executable, "-m", "evidence", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout

@@ -1,0 +1,28 @@
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from evidence.recipes import ROOT
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send to another process")
+def test_ctrl_c_reports_what_was_finished(tmp_path):
+    recipe = ROOT / "recipes" / "regularization" / "dropout.py"
+    process = subprocess.Popen(
+        [sys.executable, recipe, "--seeds", "50", "--epochs", "1", "--limit", "64", "--save", tmp_path / "name"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if line.startswith("seed 1 "):
+            break
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert "no dropout" in output
+    assert "dropout 0.8" in output
+    assert "Interrupted after" in output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["name.partial.json", "name.partial.svg"]
