@@ -6,9 +6,11 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -92,8 +94,9 @@ class Comparison:
         self._planned_runs = runs
         self._save_path = None if save is None else _result_path(save)
         self._starting_weights = {}
-        self._seen_models = weakref.WeakKeyDictionary()
+        self._seen_models = []
         self._progress = None
+        self._ctrl_c = False
         if self._save_path:
             _check_writable(self._save_path)
 
@@ -262,9 +265,14 @@ class Comparison:
         )
         self._task = self._progress.add_task("starting", total=self._planned_runs)
         self._progress.start()
+        self._handler = signal.getsignal(signal.SIGINT)
+        if callable(self._handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._note_ctrl_c)
         return self
 
     def __exit__(self, exception_type, exception, traceback):
+        if signal.getsignal(signal.SIGINT) == self._note_ctrl_c:
+            signal.signal(signal.SIGINT, self._handler)
         self._progress.stop()
         self._progress = None
         self.interrupted = exception_type is not None
@@ -274,6 +282,15 @@ class Comparison:
         if self._save_path:
             suffix = ".partial" if self.interrupted else ""
             self.save(self._save_path.with_name(self._save_path.name + suffix))
+
+    def _note_ctrl_c(self, number, frame):
+        self._ctrl_c = True
+        self._handler(number, frame)
+
+    def _raise_ctrl_c(self):
+        """Raise the KeyboardInterrupt that got lost: Python drops those that reach it while it collects garbage."""
+        if self._ctrl_c:
+            raise KeyboardInterrupt
 
     def _show_progress(self, text, fraction_of_run=0.0):
         if self._progress is not None:
@@ -300,11 +317,12 @@ class Comparison:
                 f"The model of {variant!r}, seed {seed}, is not built, so it has no starting weights to compare from. "
                 "Begin it with keras.Input(shape), or call model.build(input_shape) first."
             )
-        if model in self._seen_models:
-            raise ValueError(
-                f"The model of {variant!r}, seed {seed}, was trained in this comparison before, "
-                f"as {self._seen_models[model]}. {remedy}"
-            )
+        for seen_model, seen_as in self._seen_models:
+            if seen_model() is model:
+                raise ValueError(
+                    f"The model of {variant!r}, seed {seed}, was trained in this comparison before, as {seen_as}. "
+                    f"{remedy}"
+                )
         if not self.pretrained and (int(model.optimizer.iterations) > 0 or _is_trained(model)):
             raise ValueError(
                 f"The model of {variant!r}, seed {seed}, has been trained already; compile() does not reset weights. "
@@ -313,7 +331,8 @@ class Comparison:
 
     def _start(self, model, variant, seed):
         """Make the starting weights those of the seed's first variant."""
-        self._seen_models[model] = f"{variant!r}, seed {seed}"
+        # Weak, so that models can be freed.
+        self._seen_models.append((weakref.ref(model), f"{variant!r}, seed {seed}"))
         if not self.same_start:
             return
         weights = model.trainable_variables
@@ -343,6 +362,7 @@ class Comparison:
         return metrics
 
     def _finish_run(self, variant, seed, metrics, curve, epoch_seconds):
+        self._raise_ctrl_c()
         self.runs.append(
             {
                 "variant": variant,
@@ -531,6 +551,7 @@ class _Run(keras.callbacks.Callback):
         self._show_progress("", 0.0)
 
     def on_epoch_begin(self, epoch, logs=None):
+        self.comparison._raise_ctrl_c()
         self._epoch_start = time.perf_counter()
 
     def on_epoch_end(self, epoch, logs=None):

@@ -437,6 +437,26 @@ def test_interruption_in_the_first_seed_reports_the_variants_that_were_finished(
     assert "0.5000" in output
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_that_gets_lost_in_garbage_collection_is_raised_again(capsys):
+    class Garbage:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = new_comparison()
+        with pytest.raises(KeyboardInterrupt), result:
+            result.add("a", 0, {"accuracy": 0.75})
+            Garbage()
+            result.add("b", 0, {"accuracy": 0.5})
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert len(result.runs) == 1
+    assert "0.7500" in capsys.readouterr().out
+
+
 def test_interruption_before_any_run_reports_nothing(capsys):
     with pytest.raises(KeyboardInterrupt), new_comparison():
         raise KeyboardInterrupt

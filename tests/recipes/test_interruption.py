@@ -11,10 +11,12 @@ from evidence.recipes import ROOT
 def test_ctrl_c_reports_what_was_finished(tmp_path):
     recipe = ROOT / "recipes" / "regularization" / "dropout.py"
     process = subprocess.Popen(
-        [sys.executable, recipe, "--seeds", "50", "--epochs", "1", "--limit", "64", "--save", tmp_path / "name"],
+        [sys.executable, recipe, "--seeds", "5", "--epochs", "1", "--limit", "64", "--save", tmp_path / "name"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts its background jobs with SIGINT ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for line in process.stderr:
         if line.startswith("seed 1 "):
