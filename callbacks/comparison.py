@@ -171,7 +171,7 @@ class Comparison:
         seeds, differences = rows[0]["seeds"], len(rows) - 1
         notes = []
         if self.interrupted:
-            notes.append(f"Interrupted after {len(self.runs)} runs: only the seeds that can be compared are shown.")
+            notes.append(f"Interrupted. Finished runs: {len(self.runs)}; only seeds that can be compared are shown.")
         if seeds == 1:
             notes.append("One seed: no interval and no verdict. More seeds give both (in a recipe: --seeds 5).")
         else:
@@ -227,7 +227,7 @@ class Comparison:
         """
         path = _result_path(path)
         # JSON has no notation for numbers that are not finite: they become null.
-        content = json.loads(json.dumps(self._as_dict()), parse_constant=lambda _: None)
+        content = json.loads(json.dumps(self._as_dict(), default=str), parse_constant=lambda _: None)
         self.plot(path.with_name(path.name + ".svg"))
         with replacing(path.with_name(path.name + ".json")) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -362,7 +362,6 @@ class Comparison:
         return metrics
 
     def _finish_run(self, variant, seed, metrics, curve, epoch_seconds):
-        self._raise_ctrl_c()
         self.runs.append(
             {
                 "variant": variant,
@@ -377,6 +376,7 @@ class Comparison:
             self._progress.console.print(
                 f"seed {seed} · {variant}: {self.split} {self.metric} {figure}", highlight=False
             )
+        self._raise_ctrl_c()
 
     def _comparable_runs(self):
         """Return {variant: {seed: run}}, the baseline first, with the same seeds for all."""

@@ -10,12 +10,14 @@ Change: one line after each hidden layer (in a convolutional network, one before
 
     x = layers.Dropout(0.5)(x)
 
-Look for: the gap between training and test accuracy shrinks as the rate grows; test accuracy rises only where the
-network overfits, and falls again when the rate is so high that the network underfits.
+Look for: the gap between training and test accuracy shrinks as the rate grows, while test accuracy rises only where
+the network overfits, and falls when the rate is so high that it underfits. On the 8,000 embedded training images the gap
+shrinks at every rate, but at five seeds no gain in test accuracy is measurable: 20 epochs overfit too little. The paper
+reports gains for large networks trained for long (on MNIST, an error of 1.25 % instead of 1.60 %).
 
-Cost: a mask for each layer and step, a few per cent of an epoch; one hyper-parameter; more epochs until convergence.
-The training metrics that Keras logs are measured with units switched off, so they lie below those of `evaluate`. Right
-before batch normalisation it shifts the variance that the moving statistics learn: put it after the last one.
+Cost: a random mask for each layer and step, about a tenth of an epoch here; one hyper-parameter; more epochs until
+convergence. The training metrics that Keras logs are measured with units switched off, so they lie below those of
+`evaluate`. Before batch normalisation it makes the moving variance wrong for inference: put it after the last one.
 
 Source: Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", JMLR 15, 2014.
 """

@@ -353,7 +353,8 @@ def test_report_fits_eighty_columns(capsys):
 
 
 def test_result_survives_saving_and_loading(tmp_path):
-    with new_comparison(train=TRAIN, save=tmp_path / "new" / "name.json", settings={"epochs": 2}) as result:
+    settings = {"epochs": 2, "folder": tmp_path}
+    with new_comparison(train=TRAIN, save=tmp_path / "new" / "name.json", settings=settings) as result:
         for seed in range(2):
             for name in "ab":
                 fit(build_model(seed), result.run(name, seed), epochs=2, validation_data=VALIDATION)
@@ -363,7 +364,7 @@ def test_result_survives_saving_and_loading(tmp_path):
     loaded = Comparison.load(tmp_path / "new" / "name.json")
     assert loaded.summary() == result.summary()
     assert loaded.table() == result.table()
-    assert loaded.settings == {"epochs": 2}
+    assert loaded.settings == {"epochs": 2, "folder": str(tmp_path)}
     assert loaded.environment["keras"] == keras.__version__
 
 
@@ -419,7 +420,7 @@ def test_interruption_reports_and_saves_what_was_finished(exception, tmp_path, c
                 raise exception
             result.add("b", seed, {"accuracy": 0.75})
     output = capsys.readouterr().out
-    assert "Interrupted after 3 runs" in output
+    assert "Interrupted. Finished runs: 3" in output
     assert "+0.2500" in output
     assert len(Comparison.load(tmp_path / "name.json").runs) == 2
     partial = Comparison.load(tmp_path / "name.partial.json")
@@ -450,11 +451,12 @@ def test_ctrl_c_that_gets_lost_in_garbage_collection_is_raised_again(capsys):
             result.add("a", 0, {"accuracy": 0.75})
             Garbage()
             result.add("b", 0, {"accuracy": 0.5})
+            result.add("c", 0, {"accuracy": 0.25})
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert len(result.runs) == 1
-    assert "0.7500" in capsys.readouterr().out
+    assert [run["variant"] for run in result.runs] == ["a", "b"]
+    assert "-0.2500" in capsys.readouterr().out
 
 
 def test_interruption_before_any_run_reports_nothing(capsys):

@@ -26,5 +26,5 @@ def test_ctrl_c_reports_what_was_finished(tmp_path):
     assert process.returncode == 130, errors
     assert "no dropout" in output
     assert "dropout 0.8" in output
-    assert "Interrupted after" in output
+    assert "Interrupted. Finished runs" in output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["name.partial.json", "name.partial.svg"]
