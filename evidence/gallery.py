@@ -42,7 +42,8 @@ def _symptoms(recipes):
     rows = []
     for recipe in recipes:
         card = read_card(recipe)
-        rows.append([_one_line(card["Symptom"]), f"[{card['Name']}]({_relative(recipe)})"])
+        symptom = _one_line(card["Symptom"])
+        rows.append([symptom[0].upper() + symptom[1:], f"[{card['Name']}]({_relative(recipe)})"])
     return _markdown_table({"What you see": [row[0] for row in rows], "What to try": [row[1] for row in rows]})
 
 

@@ -105,7 +105,7 @@ def test_stale_recipes_are_measured_and_everything_is_made_from_the_results(proj
         assert f"{row['difference']:+.4f} ± {row['difference_half_width']:.4f}" in text
         assert "numerics/quick.svg" in text
     assert "epochs 3" in gallery
-    assert r"| a \| b. | [Quick](recipes/numerics/quick.py) |" in readme
+    assert r"| A \| b. | [Quick](recipes/numerics/quick.py) |" in readme
     assert "Dropout" not in gallery
 
     assert evidence("--check", "--seeds", "3") == (0, "All is fresh: 1 recipe.\n")
