@@ -99,7 +99,7 @@ def main(
         dataset: name of a labelled image set of TensorFlow Datasets.
         data_dir: folder with the prepared data set.
         epochs: passes over the training data.
-        seeds: number of paired repetitions; 5 or more give intervals and a verdict.
+        seeds: number of paired repetitions; from 2 on there are intervals and verdicts, 5 are worth reporting.
         limit: use only this many images of each split.
         save: NAME, to write the result to NAME.json and the picture to NAME.svg.
         network: two dense layers of 512 units, or two convolutions with dropout before the last layer.
