@@ -1,4 +1,3 @@
-import doctest
 import json
 import signal
 import subprocess
@@ -488,23 +487,3 @@ def test_killed_run_leaves_the_old_result(tmp_path):
     assert process.wait() == -signal.SIGKILL
     (tmp_path / "started").unlink()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
-
-
-def test_import_costs_nothing_beyond_keras():
-    code = """
-import sys, keras
-before = set(sys.modules)
-from callbacks import Comparison
-new = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(sorted(new & {"scipy", "seaborn", "matplotlib", "pandas", "rich", "tensorflow_datasets", "cyclopts"}))
-"""
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.strip() == "[]"
-
-
-def test_example_in_the_docstring_runs():
-    names = {"Comparison": Comparison, "keras": keras, "layers": layers, "x": INPUTS, "y": TARGETS}
-    # Not as a doctest, because the figures in the table that it prints are not to be compared.
-    (example,) = doctest.DocTestParser().get_examples(Comparison.__doc__)
-    exec(example.source, names)
-    assert {run["variant"] for run in names["comparison"].runs} == {"plain", "dropout"}

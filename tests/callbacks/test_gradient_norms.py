@@ -1,0 +1,337 @@
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+from callbacks.gradient_norms import GradientNorms, _own_variables
+
+GENERATOR = np.random.default_rng(0)
+INPUTS = GENERATOR.normal(size=(64, 4)).astype("float32")
+TOKENS = GENERATOR.integers(0, 3, (64, 5))
+TARGETS = (INPUTS.sum(axis=1) > 0).astype("float32")
+BACKEND = keras.backend.backend()
+
+
+def dense_network(frozen=False):
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(8, activation="tanh", name="first", trainable=not frozen),
+            layers.BatchNormalization(name="middle"),
+            layers.Dense(1, "sigmoid", name="last", dtype="float32"),
+        ]
+    )
+    return model, INPUTS
+
+
+def embedding_network():
+    inputs = keras.Input((5,), dtype="int32")
+    # Every token occurs many times in a batch, so the rows of a sparse gradient must be added up.
+    x = layers.Flatten()(layers.Embedding(3, 4, name="embedding")(inputs))
+    return keras.Model(inputs, layers.Dense(1, "sigmoid", name="last")(x)), TOKENS
+
+
+def recurrent_network():
+    inner = keras.Sequential([keras.Input((4, 1)), layers.LSTM(3, name="lstm")], name="inner")
+    inputs = keras.Input((4,))
+    x = inner(layers.Reshape((4, 1))(inputs))
+    return keras.Model(inputs, layers.Dense(1, "sigmoid", name="last")(x)), INPUTS
+
+
+def compiled(make_model=dense_network, optimizer=None, **arguments):
+    keras.utils.set_random_seed(0)
+    model, inputs = make_model()
+    model.compile(optimizer or keras.optimizers.Adam(0.01), "binary_crossentropy", **arguments)
+    return model, inputs
+
+
+def explicit_norms(model, inputs, targets=TARGETS):
+    """Return the norms of the gradients, by variable, computed by the backend's own automatic differentiation."""
+    if BACKEND == "jax":
+        import jax
+
+        def loss(weights):
+            fixed = [variable.value for variable in model.non_trainable_variables]
+            outputs, _ = model.stateless_call(weights, fixed, inputs, training=True)
+            return model.compute_loss(inputs, ops.convert_to_tensor(targets[:, None]), outputs)
+
+        gradients = jax.grad(loss)([variable.value for variable in model.trainable_variables])
+    else:
+        import tensorflow as tf
+
+        state = [variable.numpy() for variable in model.non_trainable_variables]
+        with tf.GradientTape() as tape:
+            outputs = model(inputs, training=True)
+            loss = model.compute_loss(inputs, ops.convert_to_tensor(targets[:, None]), outputs)
+        gradients = [tf.convert_to_tensor(gradient) for gradient in tape.gradient(loss, model.trainable_weights)]
+        for variable, value in zip(model.non_trainable_variables, state, strict=True):
+            variable.assign(value)
+    return [float(np.linalg.norm(np.asarray(gradient, "float64"))) for gradient in gradients]
+
+
+class Reference(keras.callbacks.Callback):
+    """Computes each epoch's gradient before its only step, by layer, from the weights as they are then."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.inputs = inputs
+        self.norms = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.norms.append(explicit_norms(self.model, self.inputs))
+
+
+def by_layer(norms, model):
+    """Add up the norms of a layer's variables, by the layer that holds them."""
+    sums = {}
+    for norm, variable in zip(norms, model.trainable_variables, strict=True):
+        name = next(part for part in reversed(variable.path.split("/")[:-1]))
+        sums[name] = sums.get(name, 0) + norm**2
+    return {name: np.sqrt(total) for name, total in sums.items()} | {"all": np.sqrt(np.square(norms).sum())}
+
+
+def fit(model, inputs, *callbacks, epochs=3, batch_size=64, **arguments):
+    arguments = {"shuffle": False, "verbose": 0} | arguments
+    return model.fit(inputs, TARGETS, batch_size=batch_size, epochs=epochs, callbacks=list(callbacks), **arguments)
+
+
+def weights_of(model):
+    return [np.array(weight) for weight in model.get_weights()]
+
+
+@pytest.fixture
+def mixed_precision():
+    keras.config.set_dtype_policy("mixed_float16")
+    yield
+    keras.config.set_dtype_policy("float32")
+
+
+CASES = {
+    "plain": {},
+    "clipnorm": {"optimizer": lambda: keras.optimizers.Adam(0.01, clipnorm=1e-3)},
+    "global_clipnorm": {"optimizer": lambda: keras.optimizers.SGD(0.1, global_clipnorm=1e-3)},
+    "clipvalue": {"optimizer": lambda: keras.optimizers.SGD(0.1, momentum=0.9, clipvalue=1e-3)},
+    "gradient accumulation": {"optimizer": lambda: keras.optimizers.Adam(0.01, gradient_accumulation_steps=2)},
+    "exponential moving average": {"optimizer": lambda: keras.optimizers.Adam(0.01, use_ema=True)},
+    "loss scale factor": {"optimizer": lambda: keras.optimizers.SGD(0.1, loss_scale_factor=8.0)},
+    "jit_compile": {"jit_compile": True},
+    "run_eagerly": {"run_eagerly": True},
+    "frozen layer": {"make_model": lambda: dense_network(frozen=True)},
+    "embedding": {"make_model": embedding_network},
+    "nested recurrent": {"make_model": recurrent_network},
+}
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_norms_equal_an_explicit_gradient_computation(case, every):
+    arguments = dict(CASES[case])
+    optimizer = arguments.pop("optimizer", keras.optimizers.Adam)()
+    model, inputs = compiled(optimizer=optimizer, **arguments)
+    norms, reference = GradientNorms(every), Reference(inputs)
+    fit(model, inputs, norms, reference)
+    assert norms.steps == list(range(0, 3, every))
+    expected = [by_layer(values, model) for values in reference.norms[::every]]
+    assert [name.rpartition("/")[2] for name in norms.layers] == [name for name in expected[0] if name != "all"]
+    for name, values in norms.history.items():
+        np.testing.assert_allclose(values, [norm[name.rpartition("/")[2]] for norm in expected], rtol=1e-5)
+
+
+def test_norms_of_mixed_precision_are_unscaled(mixed_precision):
+    model, inputs = compiled()
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    norms, reference = GradientNorms(1), Reference(inputs)
+    fit(model, inputs, norms, reference)
+    expected = [by_layer(values, model) for values in reference.norms]
+    for name, values in norms.history.items():
+        np.testing.assert_allclose(values, [norm[name] for norm in expected], rtol=1e-2)
+
+
+def test_steps_that_mixed_precision_skips_do_not_count(mixed_precision):
+    # The initial loss scale of 2^15 times this loss overflows float16, so the first steps are skipped.
+    model, inputs = compiled(optimizer=keras.optimizers.SGD(1e-6), loss_weights=[300.0])
+    norms = GradientNorms(1)
+    fit(model, inputs, norms, epochs=12)
+    applied = int(model.optimizer.inner_optimizer.iterations)
+    assert 0 < applied < 12
+    assert norms.steps == list(range(applied))
+    assert np.isfinite(norms.history["all"]).all()
+
+
+@pytest.mark.parametrize("every, steps_per_execution", [(1, 4), (3, 1), (3, 2)])
+def test_recorded_steps_do_not_depend_on_how_steps_are_executed(every, steps_per_execution):
+    recorded = {}
+    for key, each, execution in (("reference", 1, 1), ("tested", every, steps_per_execution)):
+        model, inputs = compiled(steps_per_execution=execution)
+        recorded[key] = norms = GradientNorms(each)
+        fit(model, inputs, norms, batch_size=8, epochs=2)
+    assert recorded["tested"].steps == list(range(0, 16, every))
+    for name, values in recorded["tested"].history.items():
+        np.testing.assert_allclose(values, recorded["reference"].history[name][::every], rtol=1e-5)
+
+
+def test_steps_are_read_before_the_device_overwrites_them(monkeypatch):
+    recorded = {}
+    for rows in (256, 3):
+        monkeypatch.setattr("callbacks.gradient_norms.ROWS", rows)
+        model, inputs = compiled()
+        recorded[rows] = norms = GradientNorms(2)
+        fit(model, inputs, norms, batch_size=4, epochs=2)
+    assert recorded[3].steps == recorded[256].steps == list(range(0, 32, 2))
+    np.testing.assert_allclose(recorded[3].history["all"], recorded[256].history["all"], rtol=1e-6)
+
+
+def test_logs_hold_mean_and_maximum_of_each_epoch(tmp_path):
+    model, inputs = compiled()
+    norms = GradientNorms(1)
+    logger = keras.callbacks.CSVLogger(tmp_path / "log.csv")
+    history = fit(model, inputs, norms, logger, batch_size=16, epochs=2).history
+    header = (tmp_path / "log.csv").read_text().splitlines()[0].split(",")
+    for prefix, name in (("", "all"), ("first_layer_", "first"), ("last_layer_", "last")):
+        values = np.reshape(norms.history[name], (2, 4))
+        np.testing.assert_allclose(history[f"{prefix}gradient_norm_mean"], values.mean(axis=1))
+        np.testing.assert_allclose(history[f"{prefix}gradient_norm_max"], values.max(axis=1))
+        assert {f"{prefix}gradient_norm_mean", f"{prefix}gradient_norm_max"} <= set(header)
+    np.testing.assert_allclose(history["update_to_weight_ratio"], norms.update_to_weight_ratios["all"])
+    assert "update_to_weight_ratio" in header
+
+
+def test_update_to_weight_ratio_is_that_of_the_first_step_of_an_epoch():
+    snapshots = []
+
+    class Snapshot(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            snapshots.append([np.array(weight) for weight in self.model.trainable_variables])
+
+    model, inputs = compiled()
+    norms = GradientNorms()
+    fit(model, inputs, norms, Snapshot(), epochs=2)
+    snapshots.append([np.array(weight) for weight in model.trainable_variables])
+    for epoch in range(2):
+        before, after = snapshots[epoch], snapshots[epoch + 1]
+        # The variables of the first layer are the first two.
+        for name, variables in {"first": slice(0, 2), "last": slice(-2, None), "all": slice(None)}.items():
+            update = np.sqrt(
+                sum(np.square(b - a).sum() for a, b in zip(before[variables], after[variables], strict=True))
+            )
+            weight = np.sqrt(sum(np.square(a).sum() for a in before[variables]))
+            assert norms.update_to_weight_ratios[name][epoch] == pytest.approx(update / weight, rel=1e-4)
+
+
+@pytest.mark.parametrize("how", ["run_eagerly", "jit_compile", "default"])
+def test_training_is_as_without_it(how):
+    arguments = {} if how == "default" else {how: True}
+    trained = {}
+    for callbacks in ((), (GradientNorms(2),)):
+        model, inputs = compiled(**arguments)
+        epochs = 1 if how == "default" and BACKEND == "tensorflow" else 3
+        fit(model, inputs, *callbacks, batch_size=64 if epochs == 1 else 16, epochs=epochs)
+        trained[len(callbacks)] = weights_of(model)
+        start = weights_of(compiled(**arguments)[0])
+    for without, with_norms, before in zip(trained[0], trained[1], start, strict=True):
+        if how == "default" and BACKEND == "tensorflow":
+            # Any extra node lets TensorFlow's graph optimiser reorder arithmetic.
+            np.testing.assert_allclose(with_norms - before, without - before, rtol=1e-5, atol=1e-9)
+        else:
+            np.testing.assert_array_equal(with_norms, without)
+
+
+def test_second_fit_begins_anew_and_the_optimizer_is_as_before():
+    model, inputs = compiled()
+    norms = GradientNorms(1)
+    fit(model, inputs, norms, epochs=2)
+    assert "apply" not in vars(model.optimizer)
+    variables = len(model.optimizer.variables)
+    fit(model, inputs, epochs=1)
+    reference = Reference(inputs)
+    fit(model, inputs, norms, reference, epochs=2)
+    assert norms.steps == [0, 1]
+    np.testing.assert_allclose(norms.history["all"], [np.linalg.norm(values) for values in reference.norms], rtol=1e-5)
+    assert len(model.optimizer.variables) == variables
+
+
+class Fail(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == 1:
+            raise RuntimeError("on purpose")
+
+
+def test_after_an_exception_in_fit_nothing_is_left_once_detached():
+    model, inputs = compiled()
+    names = [variable.path for variable in compiled()[0].optimizer.variables]
+    norms = GradientNorms(1)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(model, inputs, norms, Fail())
+    fit(model, inputs, epochs=1)
+    norms.detach()
+    assert not {"apply", "save_own_variables", "load_own_variables"} & set(vars(model.optimizer))
+    assert not [path for path in (v.path for v in model.optimizer.variables) if "callback" in path]
+    fit(model, inputs, norms, epochs=2)
+    assert norms.steps == [0, 1]
+    assert len(names) == 0 or len(model.optimizer.variables) >= len(names)
+
+
+def test_checkpoint_saved_in_the_middle_is_as_without_it(tmp_path):
+    for name, callbacks in {"without": (), "with": (GradientNorms(1),)}.items():
+        model, inputs = compiled(run_eagerly=True)
+        path = str(tmp_path / f"{name}-{{epoch}}.keras")
+        fit(model, inputs, *callbacks, keras.callbacks.ModelCheckpoint(path), epochs=2)
+    loaded = [keras.models.load_model(tmp_path / f"{name}-1.keras") for name in ("without", "with")]
+    first, second = ([np.array(v) for v in (*m.variables, *m.optimizer.variables)] for m in loaded)
+    assert len(first) == len(second)
+    for expected, actual in zip(first, second, strict=True):
+        np.testing.assert_array_equal(actual, expected)
+    assert int(loaded[1].optimizer.iterations) == 1
+
+
+@pytest.mark.parametrize("first", ["norms", "backup"])
+def test_training_resumed_from_a_backup_goes_on_exactly(tmp_path, first):
+    def train(*callbacks, folder):
+        model, inputs = compiled(run_eagerly=True)
+        backup = keras.callbacks.BackupAndRestore(tmp_path / folder)
+        order = [GradientNorms(1), backup] if first == "norms" else [backup, GradientNorms(1)]
+        fit(model, inputs, *order, *callbacks, epochs=4)
+        return weights_of(model)
+
+    expected = train(folder="uninterrupted")
+    with pytest.raises(RuntimeError, match="on purpose"):
+        train(Fail(), folder="interrupted")
+    for actual, value in zip(train(folder="interrupted"), expected, strict=True):
+        np.testing.assert_array_equal(actual, value)
+
+
+def test_checkpoint_of_another_optimizer_is_refused():
+    model, inputs = compiled()
+    fit(model, inputs, epochs=1)
+    from callbacks.gradient_norms import _load
+
+    with pytest.raises(ValueError, match="has 1 optimizer variables"):
+        _load(model.optimizer, {"0": 1})
+    assert len(_own_variables(model.optimizer)) == len(model.optimizer.variables)
+
+
+def test_layers_of_equal_name_are_told_apart():
+    def block():
+        return keras.Sequential([keras.Input((4,)), layers.Dense(4, name="dense")], name="block")
+
+    inputs = keras.Input((4,))
+    inner = keras.Model(inputs, block()(inputs), name="inner")
+    outer = keras.Sequential([keras.Input((4,)), inner, keras.Sequential([keras.Input((4,)), block()], name="inner_2")])
+    outer.add(layers.Dense(1, "sigmoid"))
+    outer.compile("sgd", "binary_crossentropy")
+    norms = GradientNorms(1)
+    fit(outer, INPUTS, norms, epochs=1)
+    assert len(set(norms.layers)) == 3
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, None])
+def test_bad_argument_is_named(every):
+    with pytest.raises(ValueError, match="every must be a positive integer"):
+        GradientNorms(every)
+
+
+def test_model_without_trainable_weights_is_refused():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(1, "sigmoid", trainable=False)])
+    model.compile("sgd", "binary_crossentropy")
+    with pytest.raises(ValueError, match="trainable weights"):
+        fit(model, INPUTS, GradientNorms())
