@@ -87,7 +87,7 @@ class Comparison:
         self.settings = dict(settings or {})
         self.runs = []
         self.interrupted = False
-        self.environment = _environment()
+        self.environment = environment()
         self._data = {"train": train, "validation": validation, "test": test}
         self._data = {split: data for split, data in self._data.items() if data is not None}
         self.split = "validation" if test is None and validation is not None else "test"
@@ -642,7 +642,7 @@ def _floats(figures):
     return {name: float(value) for name, value in figures.items()}
 
 
-def _environment():
+def environment():
     """Return the versions and the processor that the figures depend on."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -152,15 +152,17 @@ class GradientNorms(keras.callbacks.Callback):
         ops = keras.ops
         is_due = ops.equal(ops.mod(self._counter, self.every), 0)
 
-        def with_new_row():
+        def record():
             squares = [_sum_of_squares(gradient, variable.shape) for variable, gradient in variables_and_gradients]
             row = ops.where(is_due, ops.mod(ops.floor_divide(self._counter, self.every), ROWS), ROWS)
-            return ops.scatter_update(self._squares, ops.reshape(row, (1, 1)), ops.expand_dims(ops.stack(squares), 0))
+            row, squares = ops.reshape(row, (1, 1)), ops.expand_dims(ops.stack(squares), 0)
+            self._squares.assign(ops.scatter_update(self._squares, row, squares))
+            return 0
 
         if self._always_computes:
-            self._squares.assign(with_new_row())
+            record()
         else:
-            self._squares.assign(ops.cond(is_due, with_new_row, lambda: ops.convert_to_tensor(self._squares)))
+            ops.cond(is_due, record, lambda: 0)
         self._counter.assign_add(1)
 
     def _read(self):
@@ -185,15 +187,20 @@ class GradientNorms(keras.callbacks.Callback):
         return sums | {"all": squares.sum(axis=-1)}
 
     def _weights(self):
-        return [np.array(keras.ops.convert_to_numpy(v), "float64") for v in self.model.trainable_variables]
+        return [np.array(keras.ops.convert_to_numpy(variable)).ravel() for variable in self.model.trainable_variables]
 
     def _compare_weights(self):
         pairs = list(zip(self._weights(), self._weights_before, strict=True))
-        updates = self._by_layer(np.array([np.square(after - before).sum() for after, before in pairs]))
-        weights = self._by_layer(np.array([np.square(before).sum() for _, before in pairs]))
+        updates = self._by_layer(np.array([_square(after - before) for after, before in pairs]))
+        weights = self._by_layer(np.array([_square(before) for _, before in pairs]))
         with np.errstate(divide="ignore", invalid="ignore"):
             for name, ratios in self.update_to_weight_ratios.items():
                 ratios.append(float(np.sqrt(updates[name] / weights[name])))
+
+
+def _square(vector):
+    vector = vector.astype("float32", copy=False)  # NumPy multiplies float16 slowly, and it overflows
+    return float(np.dot(vector, vector))
 
 
 def _sum_of_squares(gradient, shape):
