@@ -1,0 +1,199 @@
+"""ActivationStatistics: mean, deviation, dead units and saturated values of each layer's output, at every epoch."""
+
+import threading
+
+import keras
+import numpy as np
+
+# The range of each function that flattens towards both ends. Softmax is left out, because over many classes its values
+# are near 0 without being saturated, and relu6, because its lower end is the zero of a ReLU.
+RANGES = {
+    getattr(module, name): ends
+    for module in (keras.activations, keras.ops)
+    for ends, names in {
+        (-1, 1): ("tanh", "hard_tanh", "softsign"),
+        (0, 1): ("sigmoid", "hard_sigmoid", "sparse_sigmoid"),
+    }.items()
+    for name in names
+}
+NOT_EXECUTED = dict.fromkeys(("mean", "std", "dead", "saturated"))
+
+
+class ActivationStatistics(keras.callbacks.Callback):
+    """Measures the output of each layer on a fixed batch of inputs, in inference mode, at the end of each epoch.
+
+    Example:
+
+        >>> statistics = ActivationStatistics(x[:32])
+        >>> fitted = model.fit(x, y, epochs=2, verbose=0, callbacks=[statistics])
+        >>> before_training = {layer: entries[0] for layer, entries in statistics.history.items()}
+        >>> dead_at_the_end = {layer: entries[-1]["dead"] for layer, entries in statistics.history.items()}
+
+    Measured is each layer that has weights or an activation function: `Dense`, `LSTM`, `BatchNormalization`,
+    `Activation`, `ReLU`, …, and not `Flatten`, `Dropout`, pooling or `Add`. A model within the model counts by its
+    layers, any other layer that is made of layers as a whole. Functions such as `keras.ops.relu`, called on tensors,
+    are no layers. Of a layer with several outputs the first is taken. Left out are outputs that are not of a float
+    type, and layers within functions that the model itself compiles or, on JAX, rematerialises.
+
+    The statistics, over all examples, positions and units of the output:
+        mean, std: the mean and the standard deviation.
+        dead: share of the units, 0 to 1, that are exactly zero for every example at every position. Units are the
+            places of the last axis (of axis 1 for images with the data format "channels_first").
+        saturated: share of the values, 0 to 1, within 1 % of the range's width of an end of the range, such as beyond
+            ±0.98 for tanh, or outside 0.01 to 0.99 for sigmoid. None for a layer whose attribute `activation` is none
+            of tanh, hard_tanh, softsign, sigmoid, hard_sigmoid and sparse_sigmoid.
+
+    A layer that is used several times has one entry for all uses; each use has units of its own.
+
+    The `logs` of each epoch receive `activation_mean/LAYER`, `activation_std/LAYER`, `activation_dead/LAYER` and, for
+    layers that can saturate, `activation_saturated/LAYER`. Callbacks that write logs come after this one in the list.
+
+    Attributes, begun anew by each `fit`:
+        history: dict from a layer's name, in order of execution, to a list of dicts with the keys `mean`, `std`, `dead`
+            and `saturated`. Item 0 of the list was measured before training, item n after n epochs; in one in which
+            the layer was not executed, all values are None. In a nested model the name is "MODEL/LAYER".
+
+    Cost: one eager forward pass of the probe at each epoch, and arithmetic in NumPy on every layer's output. On two CPU
+    cores a probe of 128 images of 28 x 28 pixels takes 2 ms in three dense layers of 100, and 40 ms in two convolutions
+    of 32 and 64 channels, 1 % of an epoch of 10,000 images.
+
+    Args:
+        probe: the inputs, in the form that the model takes in `fit`: an array of shape (examples, …), or a tuple, list
+            or dict of such arrays. They pass as one batch: some 32 to 256 examples. A model that is not built yet is
+            built by them.
+
+    Raises:
+        ValueError: `probe` is no array or structure of arrays with equal numbers of examples, at least one. From
+            `fit`: the model cannot be run on the probe, or has no layer to measure.
+
+    Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks", 2010.
+    """
+
+    def __init__(self, probe):
+        super().__init__()
+        self.probe = keras.tree.map_structure(keras.ops.convert_to_numpy, probe)
+        shapes = self._probe_shapes()
+        if len({shape[:1] for shape in shapes}) != 1 or not all(shapes) or shapes[0][0] == 0:
+            raise ValueError(
+                "probe must be an array of inputs, or a tuple, list or dict of such arrays with equal numbers of "
+                f"examples, at least one, not {type(probe).__name__} with the shapes {shapes}."
+            )
+
+    def on_train_begin(self, logs=None):
+        self.history = {}
+        self._names = {}
+        try:
+            self._measure()
+        except Exception as error:
+            raise ValueError(
+                f"The model cannot be measured on the probe, of shapes {self._probe_shapes()}: {error}"
+            ) from error
+        if not self.history:
+            raise ValueError(
+                "ActivationStatistics needs a model with layers that have weights or an activation function, and that "
+                "are not within a compiled function."
+            )
+
+    def on_epoch_end(self, epoch, logs=None):
+        for name, entry in self._measure().items():
+            for statistic, value in entry.items():
+                if value is not None:
+                    logs[f"activation_{statistic}/{name}"] = value
+
+    def _probe_shapes(self):
+        return [array.shape for array in keras.tree.flatten(self.probe)]
+
+    def _measure(self):
+        """Run the probe, add an entry to the history of each layer, and return {name: entry} of those executed."""
+        uses = {}
+        enclosing = []
+        thread = threading.get_ident()
+        call = keras.Layer.__call__
+
+        def call_and_measure(layer, *arguments, **keywords):
+            in_layer = enclosing and not isinstance(enclosing[-1], keras.Model)
+            # Other threads may prepare data with layers.
+            if in_layer or threading.get_ident() != thread:
+                return call(layer, *arguments, **keywords)
+            enclosing.append(layer)
+            outputs = call(layer, *arguments, **keywords)
+            if _is_measured(layer) and (values := _float_values(outputs)) is not None:
+                name = self._name(layer, [parent.name for parent in enclosing[1:]])
+                uses.setdefault(name, []).append(_measure_use(layer, values))
+            enclosing.pop()
+            return outputs
+
+        # For the class and for one pass only: no layer of the model, and nothing that is compiled, holds a trace of it.
+        keras.Layer.__call__ = call_and_measure
+        try:
+            # In this scope no variable changes: neither seeds nor statistics.
+            with keras.StatelessScope():
+                self.model(self.probe, training=False)
+        finally:
+            keras.Layer.__call__ = call
+        entries = {name: _pool(measured) for name, measured in uses.items()}
+        items = max(map(len, self.history.values()), default=0)
+        for name in entries:
+            self.history.setdefault(name, [NOT_EXECUTED] * items)
+        for name, history in self.history.items():
+            history.append(entries.get(name, NOT_EXECUTED))
+        return entries
+
+    def _name(self, layer, path):
+        """Return a name that no other layer has, the same in every epoch."""
+        if layer not in self._names:
+            name = path = "/".join(path)
+            number = 1
+            while name in self._names.values():
+                number += 1
+                name = f"{path}_{number}"
+            self._names[layer] = name
+        return self._names[layer]
+
+
+def _is_measured(layer):
+    if isinstance(layer, keras.Model):
+        return False
+    functions = (keras.layers.ReLU, keras.layers.LeakyReLU, keras.layers.ELU, keras.layers.Softmax)
+    return bool(layer.weights) or hasattr(layer, "activation") or isinstance(layer, functions)
+
+
+def _float_values(outputs):
+    """Return the first output as an array, or None if it is not of a float type or has no value."""
+    output = keras.tree.flatten(outputs)[0]
+    if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(output.dtype)):
+        return None
+    try:
+        return np.asarray(keras.ops.convert_to_numpy(output)).astype("float32")
+    except (NotImplementedError, TypeError, ValueError):
+        # A symbolic tensor, as when a layer is built: TensorFlow, JAX and Keras each have their own error for it.
+        return None
+
+
+def _measure_use(layer, values):
+    """Return the numbers of values and units of one output, then its mean, variance and shares."""
+    if values.ndim > 3 and getattr(layer, "data_format", keras.config.image_data_format()) == "channels_first":
+        values = np.moveaxis(values, 1, -1)
+    units = values.shape[-1] if values.ndim > 1 else 1
+    saturated = None
+    if ends := RANGES.get(getattr(layer, "activation", None)):
+        low, high = ends
+        saturated = np.mean(np.abs(values - (low + high) / 2) >= 0.49 * (high - low))
+    with np.errstate(invalid="ignore"):
+        mean, variance = values.mean(dtype="float64"), values.var(dtype="float64")
+    dead = np.mean(~values.reshape(-1, units).any(axis=0))
+    return values.size, units, mean, variance, dead, saturated
+
+
+def _pool(uses):
+    """Return the statistics of all uses of a layer together."""
+    sizes, units, means, variances, dead, saturated = zip(*uses, strict=True)
+    mean = np.average(means, weights=sizes)
+    with np.errstate(invalid="ignore"):
+        variance = np.average(variances + np.square(means - mean), weights=sizes)
+    return {
+        "mean": float(mean),
+        "std": float(np.sqrt(variance)),
+        "dead": float(np.average(dead, weights=units)),
+        "saturated": None if saturated[0] is None else float(np.average(saturated, weights=sizes)),
+    }
