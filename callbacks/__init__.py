@@ -3,5 +3,7 @@
 from callbacks.activation_statistics import ActivationStatistics
 from callbacks.comparison import Comparison
 from callbacks.gradient_norms import GradientNorms
+from callbacks.learning_rate_logger import LearningRateLogger
+from callbacks.one_cycle import OneCycle
 
-__all__ = ["ActivationStatistics", "Comparison", "GradientNorms"]
+__all__ = ["ActivationStatistics", "Comparison", "GradientNorms", "LearningRateLogger", "OneCycle"]
