@@ -4,6 +4,16 @@ from callbacks.activation_statistics import ActivationStatistics
 from callbacks.comparison import Comparison
 from callbacks.gradient_norms import GradientNorms
 from callbacks.learning_rate_logger import LearningRateLogger
+from callbacks.learning_rate_range_test import LearningRateRangeTest
 from callbacks.one_cycle import OneCycle
+from callbacks.stochastic_weight_averaging import StochasticWeightAveraging
 
-__all__ = ["ActivationStatistics", "Comparison", "GradientNorms", "LearningRateLogger", "OneCycle"]
+__all__ = [
+    "ActivationStatistics",
+    "Comparison",
+    "GradientNorms",
+    "LearningRateLogger",
+    "LearningRateRangeTest",
+    "OneCycle",
+    "StochasticWeightAveraging",
+]
