@@ -52,7 +52,7 @@ class LearningRateRangeTest(keras.callbacks.Callback):
     Measured on 8,000 images of Fashion-MNIST as multiples of the best rate of a grid, by validation loss after three
     epochs: with 100 steps the suggestion was 0.72 to 2.5 times the best rate, and the steepest descent 0.25 to 1.9
     times (six pairs of a network and an optimizer, two or three seeds); with 300 steps, 0.39 to 0.95 times and 0.07 to
-    0.21 times (four of the pairs, one seed).
+    0.21 times (the four pairs on which the rule was chosen, one seed).
 
     Cost: `steps` training steps, with a little more to do between them; a copy of the model's and the optimizer's
     variables in the host's memory until they are restored.

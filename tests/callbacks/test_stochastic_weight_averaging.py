@@ -281,13 +281,19 @@ def test_several_inputs_are_cut_into_batches_together():
 
 
 def test_layer_called_several_times_has_the_average_over_its_calls_in_training_mode():
+    class Calls(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.shared = layers.BatchNormalization()
+
+        def call(self, inputs, training=None):
+            unchanged = self.shared(inputs, training=False)
+            return unchanged + self.shared(inputs, training=training) + self.shared(3 * inputs + 1, training=training)
+
     keras.utils.set_random_seed(0)
-    inputs = keras.Input((4,))
-    shared = layers.BatchNormalization(name="shared")
-    joined = layers.Concatenate()([shared(inputs, training=False), shared(inputs), shared(3 * inputs + 1)])
-    model = keras.Model(inputs, layers.Dense(1, "sigmoid")(joined))
-    compile_(model)
+    model = compile_(keras.Sequential([keras.Input((4,)), Calls(), layers.Dense(1, "sigmoid")]))
     fit(model, StochasticWeightAveraging(0, DATA), epochs=1)
+    shared = model.layers[0].shared
     calls = np.concatenate([batch for part in batches_of(32) for batch in (part[None], 3 * part[None] + 1)])
     np.testing.assert_allclose(shared.moving_mean.numpy(), calls.mean(axis=1).mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(shared.moving_variance.numpy(), calls.var(axis=1).mean(axis=0), rtol=1e-5)
