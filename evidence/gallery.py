@@ -48,16 +48,16 @@ def _symptoms(recipes):
 
 
 def _effects(recipes):
-    rows = []
+    rows, pictures = [], []
     for recipe in recipes:
-        comparison = _result(recipe)
+        name, comparison = read_card(recipe)["Name"], _result(recipe)
         if comparison is None:
             continue
         summary, table = comparison.summary(), comparison.table()
         for index, row in enumerate(summary[1:], start=1):
             rows.append(
                 {
-                    "recipe": f"[{read_card(recipe)['Name']}]({_relative(recipe)})",
+                    "recipe": f"[{name}]({_relative(recipe)})",
                     "variant": row["variant"],
                     "against": comparison.baseline,
                     "figure": f"{comparison.split} {comparison.metric}",
@@ -65,14 +65,10 @@ def _effects(recipes):
                     "verdict": row["verdict"] or "–",
                 }
             )
-    pictures = "\n\n".join(
-        f"![{read_card(recipe)['Name']}: curves and differences]({_relative(result_path(recipe).with_suffix('.svg'))})"
-        for recipe in recipes
-        if _result(recipe)
-    )
+        pictures.append(f"![{name}: curves and differences]({_relative(result_path(recipe).with_suffix('.svg'))})")
     if not rows:
         return "Nothing has been measured yet."
-    return _markdown_table({title: [row[title] for row in rows] for title in rows[0]}) + "\n\n" + pictures
+    return "\n\n".join([_markdown_table({title: [row[title] for row in rows] for title in rows[0]}), *pictures])
 
 
 def _section(recipe):
