@@ -86,6 +86,8 @@ class Comparison:
         self.pretrained = pretrained
         self.settings = dict(settings or {})
         self.runs = []
+        self.figures = []
+        self.signals = []
         self.interrupted = False
         self.environment = environment()
         self._data = {"train": train, "validation": validation, "test": test}
@@ -133,13 +135,49 @@ class Comparison:
         self._check_has_metric(metrics)
         self._finish_run(variant, seed, {self.split: dict(metrics)}, curve or {}, epoch_seconds=[])
 
+    def add_figure(self, variant, seed, name, value):
+        """Add a column to the table: a figure of one run beside the metric, such as the number of epochs to a target.
+
+        Args:
+            variant, seed: the run, as given to `run` or `add`, which may come before or after.
+            name: title of the column, which shows the median over seeds.
+            value: a number; it need not be finite.
+
+        Raises:
+            ValueError: the run has a figure of this name already.
+        """
+        self._check_is_single(self.figures, variant, seed, name)
+        self.figures.append({"variant": variant, "seed": int(seed), "name": name, "value": float(value)})
+
+    def add_signal(self, variant, seed, name, values, by="layer", scale="linear"):
+        """Add a line to the picture whose x-axis is not the epoch: a signal of one run by layer, by step, …
+
+        Args:
+            variant, seed: the run, as given to `run` or `add`, which may come before or after.
+            name: what is measured, the title of the panel and of its y-axis; signals of one name share a panel.
+            values: list of numbers, one for each layer, step, …, counted from 1; those not finite are not drawn.
+            by: what the values are counted by, the title of the x-axis.
+            scale: "linear" or "log", of the y-axis.
+
+        Raises:
+            ValueError: the run has a signal of this name already, or `scale` is neither of the two.
+        """
+        if scale not in ("linear", "log"):
+            raise ValueError(f'scale must be "linear" or "log", not {scale!r}.')
+        self._check_is_single(self.signals, variant, seed, name)
+        values = [float(value) for value in values]
+        self.signals.append(
+            {"variant": variant, "seed": int(seed), "name": name, "by": by, "scale": scale, "values": values}
+        )
+
     def summary(self):
         """Return one dict for each variant, the baseline first, computed from `runs`.
 
         Keys: `variant`; `seeds` and `diverged`, the numbers of runs and of diverged runs; `mean` and `half_width` of
         the metric and its 95 % interval; `difference` and `difference_half_width` of the paired difference from the
         baseline and its adjusted 95 % interval; `gap`, the training figure minus the test figure; `time`, the seconds
-        per epoch relative to the baseline, the median over seeds; `verdict`. What does not apply is None.
+        per epoch relative to the baseline, the median over seeds; `figures`, a dict from each name given to
+        `add_figure` to its median over seeds; `verdict`. What does not apply is None.
 
         Raises:
             ValueError: the baseline was not run, or the variants saw different seeds.
@@ -160,6 +198,7 @@ class Comparison:
             ],
             "difference": [_with_interval(row["difference"], row["difference_half_width"], sign="+") for row in rows],
             "gap": [_number(row["gap"], sign="+") for row in rows],
+            **{name: [_number(row["figures"].get(name)) for row in rows] for name in _figure_names(rows)},
             "time": ["–" if row["time"] is None else f"{row['time']:.2f}" for row in rows],
             "verdict": [(row["verdict"] or "–").removesuffix(f" at {row['seeds']} seeds") for row in rows],
         }
@@ -183,33 +222,30 @@ class Comparison:
             notes.append(f"gap: training minus {self.split} {self.metric}, both by evaluate().")
         if any(row["time"] is not None for row in rows):
             notes.append("time: per epoch, relative to the baseline.")
+        if seeds > 1 and (names := _figure_names(rows)):
+            notes.append(f"{', '.join(names)}: median over seeds.")
         settings = [f"{name} {value}" for name, value in self.settings.items() if value is not None]
         if settings:
             notes.append(f"settings: {', '.join(settings)}.")
         return notes
 
     def report(self):
-        """Print `table()` and `notes()`."""
-        from rich import box
+        """Print `table()`, the figures from `add_figure` as a table of their own, and `notes()`."""
         from rich.console import Console
-        from rich.table import Table
 
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
         columns = self.table()
-        for title in columns:
-            words = title in ("variant", "verdict")
-            table.add_column(title, justify="left" if words else "right", no_wrap=not words)
-        styles = {"better": "green", "worse": "red", "diverged": "red"}
-        for cells in zip(*columns.values(), strict=True):
-            table.add_row(*cells, style=styles.get(cells[-1]))
+        figures = {name: columns.pop(name) for name in _figure_names(self.summary())}
         console = Console()
-        console.print(table)
+        console.print(_rich_table(columns))
+        if figures:
+            console.print(_rich_table({"variant": columns["variant"]} | figures))
         console.print("\n".join(self.notes()), style="dim", highlight=False)
 
     def plot(self, path):
-        """Draw the metric by epoch and the paired differences, and write them to the SVG file `path`.
+        """Draw signals, the metric by epoch and the paired differences, and write them to the SVG file `path`.
 
-        Lines are means over seeds and bands their 95 % t-intervals; small dots are single seeds.
+        Lines are means over seeds and bands their 95 % t-intervals, both of the logarithms on a logarithmic axis; small
+        dots are single seeds.
         """
         import matplotlib
 
@@ -226,8 +262,8 @@ class Comparison:
             path: `NAME`, with or without .json or .svg at its end.
         """
         path = _result_path(path)
-        # JSON has no notation for numbers that are not finite: they become null.
-        content = json.loads(json.dumps(self._as_dict(), default=str), parse_constant=lambda _: None)
+        # JSON has no notation for numbers that are not finite: they become the texts "NaN", "Infinity", "-Infinity".
+        content = json.loads(json.dumps(self._as_dict(), default=str), parse_constant=str)
         self.plot(path.with_name(path.name + ".svg"))
         with replacing(path.with_name(path.name + ".json")) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -246,7 +282,9 @@ class Comparison:
         comparison.split = content["split"]
         comparison.interrupted = content["interrupted"]
         comparison.environment = content["environment"]
-        comparison.runs = _with_nan(content["runs"])
+        comparison.runs = _with_numbers(content["runs"])
+        comparison.figures = _with_numbers(content["figures"])
+        comparison.signals = _with_numbers(content["signals"])
         return comparison
 
     def __enter__(self):
@@ -302,6 +340,10 @@ class Comparison:
                 f"{variant!r} was run with seed {seed} already: a second run would count one seed twice. "
                 "Give every run of a variant its own seed."
             )
+
+    def _check_is_single(self, entries, variant, seed, name):
+        if any((entry["variant"], entry["seed"], entry["name"]) == (variant, seed, name) for entry in entries):
+            raise ValueError(f"The run of {variant!r} with seed {seed} has a {name!r} already: give each its own name.")
 
     def _check_has_metric(self, metrics):
         if self.metric not in metrics:
@@ -412,6 +454,7 @@ class Comparison:
             "difference_half_width": None,
             "gap": None,
             "time": _relative_time(by_seed, baseline),
+            "figures": self._medians(variant, by_seed),
             "verdict": "baseline" if variant == self.baseline else None,
         }
         if row["diverged"]:
@@ -433,6 +476,14 @@ class Comparison:
         row["difference_half_width"] = _half_width(differences, 1 - 0.05 / (len(runs) - 1))
         row["verdict"] = self._verdict(row["difference"], row["difference_half_width"], row["seeds"])
         return row
+
+    def _medians(self, variant, by_seed):
+        """Return {name: median over the seeds} of a variant's figures from `add_figure`."""
+        values = {}
+        for figure in self.figures:
+            if figure["variant"] == variant and figure["seed"] in by_seed:
+                values.setdefault(figure["name"], []).append(figure["value"])
+        return {name: statistics.median(of_seeds) for name, of_seeds in values.items()}
 
     def _verdict(self, difference, half_width, seeds):
         if half_width is None:
@@ -461,40 +512,59 @@ class Comparison:
 
         runs = self._comparable_runs()
         palette = dict(zip(runs, seaborn.color_palette("colorblind", len(runs)), strict=True))
-        curves = {f"training {self.metric}, as logged": self.metric, f"validation {self.metric}": f"val_{self.metric}"}
-        table = pandas.DataFrame(
-            [
-                {"variant": variant, "epoch": epoch, "curve": title, "value": value}
-                for variant, by_seed in runs.items()
-                for run in by_seed.values()
-                for title, name in curves.items()
-                for epoch, value in enumerate(run["curve"].get(name, []), start=1)
-                if math.isfinite(value)
-            ],
-            columns=["variant", "epoch", "curve", "value"],
-        )
-        titles = [title for title in curves if title in set(table["curve"])]
+        panels = self._panels(runs)
+        columns = 2 if len(panels) == 3 else min(len(panels) + 1, 3)
+        rows = math.ceil((len(panels) + 1) / columns)
         with seaborn.axes_style("whitegrid"):
-            figure = Figure(figsize=(4 * (len(titles) + 1), 3.6), layout="constrained")
-            axes = figure.subplots(1, len(titles) + 1, squeeze=False)[0]
-        for position, title in enumerate(titles):
+            figure = Figure(figsize=(4 * columns, 3.6 * rows), layout="constrained")
+            axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        shared = None
+        for position, panel in enumerate(panels):
+            table = pandas.DataFrame(panel["points"], columns=["variant", panel["by"], "value"])
             seaborn.lineplot(
-                table[table["curve"] == title],
-                x="epoch",
+                table,
+                x=panel["by"],
                 y="value",
                 hue="variant",
                 palette=palette,
-                errorbar=_band,
-                marker="o" if table["epoch"].max() == 1 else None,
+                hue_order=list(runs),
+                estimator=_geometric_mean if panel["scale"] == "log" else "mean",
+                errorbar=_geometric_band if panel["scale"] == "log" else _band,
+                marker="o" if table[panel["by"]].nunique() == 1 else None,
                 legend=position == 0,
                 ax=axes[position],
             )
-            axes[position].set(title=title, ylabel=self.metric)
+            axes[position].set(title=panel["title"], ylabel=panel["ylabel"], yscale=panel["scale"])
             axes[position].xaxis.get_major_locator().set_params(integer=True)
-            if position:
-                axes[position].sharey(axes[0])
-        self._draw_differences(axes[-1], runs, palette)
+            if panel["by"] == "epoch":
+                if shared is not None:
+                    axes[position].sharey(shared)
+                shared = axes[position]
+        self._draw_differences(axes[len(panels)], runs, palette)
+        for unused in axes[len(panels) + 1 :]:
+            unused.remove()
         return figure
+
+    def _panels(self, runs):
+        """Return a dict for each panel with lines: those of the signals, then those of the metric by epoch."""
+        panels = {}
+        for entry in self.signals:
+            name, by, scale = entry["name"], entry["by"], entry["scale"]
+            if entry["seed"] in runs.get(entry["variant"], {}):
+                panel = {"title": f"{name} by {by}", "ylabel": name, "by": by, "scale": scale, "points": []}
+                panels.setdefault(name, panel)["points"] += _points(entry["variant"], entry["values"], scale)
+        metric = self.metric
+        curves = {f"training {metric}, as logged": metric, f"validation {metric}": f"val_{metric}"}
+        for title, name in curves.items():
+            points = [
+                point
+                for variant, by_seed in runs.items()
+                for run in by_seed.values()
+                for point in _points(variant, run["curve"].get(name, []), "linear")
+            ]
+            if points:
+                panels[title] = {"title": title, "ylabel": metric, "by": "epoch", "scale": "linear", "points": points}
+        return list(panels.values())
 
     def _draw_differences(self, axes, runs, palette):
         """Draw each variant's paired differences from the baseline: dots for seeds, the mean with its interval."""
@@ -527,6 +597,8 @@ class Comparison:
             "settings": self.settings,
             "environment": self.environment,
             "runs": self.runs,
+            "figures": self.figures,
+            "signals": self.signals,
         }
 
 
@@ -570,6 +642,24 @@ class _Run(keras.callbacks.Callback):
         self.comparison._show_progress(f"seed {self.seed} · {self.variant}{text}", fraction_of_run)
 
 
+def _figure_names(rows):
+    return list(dict.fromkeys(name for row in rows for name in row["figures"]))
+
+
+def _rich_table(columns):
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for title in columns:
+        words = title in ("variant", "verdict")
+        table.add_column(title, justify="left" if words else "right", no_wrap=not words)
+    styles = {"better": "green", "worse": "red", "diverged": "red"}
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells, style=styles.get(cells[-1]))
+    return table
+
+
 def _resolve_mode(metric, mode):
     if mode in ("max", "min"):
         return mode
@@ -607,9 +697,27 @@ def _half_width(values, confidence):
     return float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values))
 
 
+def _points(variant, values, scale):
+    """Return the values that an axis of this scale can show, as (variant, place counted from 1, value)."""
+    return [
+        (variant, place, value)
+        for place, value in enumerate(values, start=1)
+        if math.isfinite(value) and (scale == "linear" or value > 0)
+    ]
+
+
 def _band(values):
     mean, half_width = statistics.fmean(values), _half_width(list(values), 0.95) or 0.0
     return mean - half_width, mean + half_width
+
+
+def _geometric_mean(values):
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def _geometric_band(values):
+    low, high = _band([math.log(value) for value in values])
+    return math.exp(low), math.exp(high)
 
 
 def _relative_time(by_seed, baseline):
@@ -658,13 +766,13 @@ def environment():
     }
 
 
-def _with_nan(value):
-    """Return `value` with NaN in the place of None."""
+def _with_numbers(value):
+    """Return `value` with numbers in the place of the texts that stand for those that are not finite."""
     if isinstance(value, dict):
-        return {key: _with_nan(item) for key, item in value.items()}
+        return {key: _with_numbers(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_with_nan(item) for item in value]
-    return math.nan if value is None else value
+        return [_with_numbers(item) for item in value]
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
 def _result_path(path):

@@ -377,9 +377,67 @@ def test_saved_json_is_strict_and_the_picture_shows_every_variant(tmp_path):
         raise AssertionError(f"{constant} is not JSON")
 
     content = json.loads((tmp_path / "name.json").read_text(), parse_constant=refuse)
-    assert content["runs"][-1]["metrics"]["test"]["accuracy"] is None
+    assert content["runs"][-1]["metrics"]["test"]["accuracy"] == "Infinity"
     texts = {element.text for element in ElementTree.parse(tmp_path / "name.svg").iter() if element.text}
     assert {"a", "b", "diverging", "training accuracy, as logged", "validation accuracy", "epoch"} <= texts
+
+
+def test_figures_beside_the_metric_are_columns_of_medians(tmp_path, capsys):
+    result = with_figures({"a": [0.5, 0.6, 0.7], "b": [0.7, 0.8, 0.9]})
+    for variant, values in {"a": [3, 1, np.inf], "b": [0.5, 0.25, 40]}.items():
+        for seed, value in enumerate(values):
+            result.add_figure(variant, seed, "epochs to 0.8", value)
+    result.add_figure("b", 0, "share clipped", 0.125)
+    assert [row["figures"] for row in result.summary()] == [
+        {"epochs to 0.8": 3.0},
+        {"epochs to 0.8": 0.5, "share clipped": 0.125},
+    ]
+    assert result.table()["epochs to 0.8"] == ["3.0000", "0.5000"]
+    assert result.table()["share clipped"] == ["–", "0.1250"]
+    result.save(tmp_path / "name")
+    assert Comparison.load(tmp_path / "name.json").figures == result.figures
+    result.report()
+    output = capsys.readouterr().out
+    assert "share clipped" in output
+    assert "epochs to 0.8, share clipped: median over seeds." in output
+    with pytest.raises(ValueError, match="has a 'share clipped' already"):
+        result.add_figure("b", 0, "share clipped", 0.5)
+
+
+def test_interrupted_comparison_leaves_out_figures_and_signals_of_unfinished_seeds():
+    result = with_figures({"a": [0.5, 0.6], "b": [0.7]})
+    result.interrupted = True
+    result.add_figure("a", 1, "share clipped", 0.5)
+    result.add_signal("a", 1, "norm", [1.0, 2.0])
+    assert "share clipped" not in result.table()
+    assert len(result._figure().axes) == 1
+
+
+def test_signal_is_drawn_by_its_own_axis_as_the_geometric_mean_on_a_logarithmic_one(tmp_path):
+    result = with_figures({"a": [0.5, 0.6], "b": [0.7, 0.8]})
+    norms = {"a": [[1.0, 0.1, 1e-3], [4.0, 0.4, 1e-5]], "b": [[2.0, 2.0, np.inf], [8.0, 0.0, 2.0]]}
+    for variant, of_seeds in norms.items():
+        for seed, values in enumerate(of_seeds):
+            result.add_signal(variant, seed, "gradient norm", values, by="layer", scale="log")
+            result.add_signal(variant, seed, "loss", values[:2], by="step")
+    result.save(tmp_path / "name")
+    assert Comparison.load(tmp_path / "name.json").signals == result.signals
+    logarithmic, linear, _ = result._figure().axes
+    assert (logarithmic.get_title(), logarithmic.get_ylabel(), logarithmic.get_xlabel(), logarithmic.get_yscale()) == (
+        "gradient norm by layer",
+        "gradient norm",
+        "layer",
+        "log",
+    )
+    assert (linear.get_xlabel(), linear.get_yscale()) == ("step", "linear")
+    for line, expected in zip(logarithmic.lines, [[2.0, 0.2, 1e-4], [4.0, 2.0, 2.0]], strict=False):
+        np.testing.assert_allclose(line.get_xdata(), [1, 2, 3])
+        np.testing.assert_allclose(line.get_ydata(), expected)
+    np.testing.assert_allclose(linear.lines[0].get_ydata(), np.mean(norms["a"], axis=0)[:2])
+    with pytest.raises(ValueError, match="has a 'loss' already"):
+        result.add_signal("a", 0, "loss", [1.0])
+    with pytest.raises(ValueError, match='"linear" or "log"'):
+        result.add_signal("a", 0, "new", [1.0], scale="logarithmic")
 
 
 def test_same_result_gives_the_same_picture(tmp_path):
