@@ -314,6 +314,27 @@ def test_logs_have_the_figures_of_each_epoch_and_the_history_also_those_before_t
             assert logs[f"activation_{statistic}/{layer}"] == [entry[statistic] for entry in entries[1:]]
 
 
+def first_input(model, probe):
+    statistics = ActivationStatistics(probe)
+    statistics.set_model(model)
+    statistics.on_train_begin()
+    return statistics.first_input
+
+
+def test_first_input_is_what_the_first_trainable_layer_receives():
+    frozen = layers.Dense(3, trainable=False)
+    model = keras.Sequential([keras.Input((4,)), layers.Rescaling(1 / 8, offset=3), frozen, layers.Dense(1)])
+    kernel, bias = frozen.get_weights()
+    expected = (PROBE / 8 + 3) @ kernel + bias
+    assert first_input(model, PROBE) == approximately(expected)
+    nested = keras.Sequential([keras.Input((4,)), keras.Sequential([layers.Rescaling(2.0), layers.Dense(1)])])
+    assert first_input(nested, PROBE) == approximately(PROBE * 2)
+    unbuilt = keras.Sequential([layers.Rescaling(2.0), layers.Dense(1)])
+    assert first_input(unbuilt, PROBE) == approximately(PROBE * 2)
+    tokens = keras.Sequential([keras.Input((5,), dtype="int32"), layers.Embedding(9, 3), layers.Dense(1)])
+    assert first_input(tokens, np.ones((4, 5), "int32")) is None
+
+
 def test_second_fit_begins_a_new_history():
     model = build_model()
     statistics = ActivationStatistics(PROBE)
