@@ -7,6 +7,7 @@ from callbacks.learning_rate_logger import LearningRateLogger
 from callbacks.learning_rate_range_test import LearningRateRangeTest
 from callbacks.one_cycle import OneCycle
 from callbacks.stochastic_weight_averaging import StochasticWeightAveraging
+from callbacks.training_doctor import TrainingDoctor
 
 __all__ = [
     "ActivationStatistics",
@@ -16,4 +17,5 @@ __all__ = [
     "LearningRateRangeTest",
     "OneCycle",
     "StochasticWeightAveraging",
+    "TrainingDoctor",
 ]
