@@ -509,6 +509,7 @@ class Comparison:
         import pandas
         import seaborn
         from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
 
         runs = self._comparable_runs()
         palette = dict(zip(runs, seaborn.color_palette("colorblind", len(runs)), strict=True))
@@ -516,7 +517,7 @@ class Comparison:
         columns = 2 if len(panels) == 3 else min(len(panels) + 1, 3)
         rows = math.ceil((len(panels) + 1) / columns)
         with seaborn.axes_style("whitegrid"):
-            figure = Figure(figsize=(4 * columns, 3.6 * rows), layout="constrained")
+            figure = Figure(figsize=(4 * columns, 3.6 * rows + 0.3), layout="constrained")
             axes = figure.subplots(rows, columns, squeeze=False).ravel()
         shared = None
         for position, panel in enumerate(panels):
@@ -531,7 +532,7 @@ class Comparison:
                 estimator=_geometric_mean if panel["scale"] == "log" else "mean",
                 errorbar=_geometric_band if panel["scale"] == "log" else _band,
                 marker="o" if table[panel["by"]].nunique() == 1 else None,
-                legend=position == 0,
+                legend=False,
                 ax=axes[position],
             )
             axes[position].set(title=panel["title"], ylabel=panel["ylabel"], yscale=panel["scale"])
@@ -541,6 +542,8 @@ class Comparison:
                     axes[position].sharey(shared)
                 shared = axes[position]
         self._draw_differences(axes[len(panels)], runs, palette)
+        handles = [Line2D([], [], color=color, label=variant) for variant, color in palette.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
         for unused in axes[len(panels) + 1 :]:
             unused.remove()
         return figure
@@ -573,7 +576,8 @@ class Comparison:
         for position, variant in enumerate(variants):
             row = rows[variant]
             if row["difference"] is None:
-                axes.annotate(row["verdict"], (0, position), ha="center", va="bottom")
+                middle = axes.get_yaxis_transform()
+                axes.text(0.5, position, row["verdict"], ha="center", va="center", transform=middle)
                 continue
             differences = self._differences(runs[variant], runs[self.baseline])
             color = palette[variant]
