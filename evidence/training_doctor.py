@@ -102,7 +102,7 @@ SICK = {
     "rate too high": lambda: (dense(), {"optimizer": adam(0.3)}),
     "rate too low": lambda: (dense(), {"optimizer": adam(1e-6)}),
     "overfitting": lambda: (dense(width=512), {"epochs": 30, "examples": 1000}),
-    "underfitting": lambda: (dense(width=1, depth=1, activation="linear"), {"optimizer": adam(0.01), "epochs": 20}),
+    "underfitting": lambda: (dense(width=1, depth=1, activation="linear"), {"optimizer": adam(0.01), "epochs": 30}),
     "plateau at a constant rate": lambda: (
         dense(width=32, activation="tanh"),
         {"optimizer": adam(0.03), "epochs": 20, "examples": 8000},

@@ -265,9 +265,9 @@ HEALTHY_SIGNS = {
         ("rate too low", {"update_ratio": 9e-5, "slow": 0.8}, "slow", 0.9),
         ("overfitting", {"validation_rise": 1.2, "training_fall": 0.1}, "validation_rise", 1.3),
         ("overfitting", {"validation_rise": 1.2, "training_fall": 0.1}, "training_fall", 0.2),
-        ("underfitting", {"flat": 0.009, "high": 0.5, "rate_fell": True}, "high", 0.6),
-        ("plateau at a constant rate", {"flat": 0.009}, "flat", 0.008),
-        ("plateau at a constant rate", {"flat": 0.009, "epochs": 9}, "epochs", 10),
+        ("underfitting", {"flat": 0.014, "high": 0.5, "rate_fell": True}, "high", 0.6),
+        ("plateau at a constant rate", {"flat": 0.014}, "flat", 0.013),
+        ("plateau at a constant rate", {"flat": 0.014, "epochs": 9}, "epochs", 10),
         ("clipping most of the time", {"clipped": 0.51}, "clipped", 0.52),
     ],
 )
