@@ -198,7 +198,7 @@ class Comparison:
             ],
             "difference": [_with_interval(row["difference"], row["difference_half_width"], sign="+") for row in rows],
             "gap": [_number(row["gap"], sign="+") for row in rows],
-            **{name: [_number(row["figures"].get(name)) for row in rows] for name in _figure_names(rows)},
+            **{name: [_figure_cell(row["figures"].get(name)) for row in rows] for name in _figure_names(rows)},
             "time": ["–" if row["time"] is None else f"{row['time']:.2f}" for row in rows],
             "verdict": [(row["verdict"] or "–").removesuffix(f" at {row['seeds']} seeds") for row in rows],
         }
@@ -586,6 +586,7 @@ class Comparison:
                 row["difference"], position, xerr=row["difference_half_width"], fmt="o", capsize=4, color=color
             )
         axes.axvline(0, color="black", linewidth=1)
+        axes.xaxis.get_major_locator().set_params(nbins=5)
         axes.set_yticks(range(len(variants)), variants)
         axes.set_ylim(max(len(variants), 1) - 0.5, -0.5)
         axes.set(title=f"{self.split} {self.metric}: difference from\n{self.baseline}", xlabel="difference")
@@ -741,6 +742,11 @@ def _number(value, sign="-"):
         return "–"
     precision = ".4f" if value == 0 or 1e-3 <= abs(value) < 1e3 else ".3g"
     return format(value, sign + precision)
+
+
+def _figure_cell(value):
+    is_whole = value is not None and math.isfinite(value) and value == int(value)
+    return f"{value:.0f}" if is_whole else _number(value)
 
 
 def _with_interval(value, half_width, sign="-"):

@@ -392,7 +392,7 @@ def test_figures_beside_the_metric_are_columns_of_medians(tmp_path, capsys):
         {"epochs to 0.8": 3.0},
         {"epochs to 0.8": 0.5, "share clipped": 0.125},
     ]
-    assert result.table()["epochs to 0.8"] == ["3.0000", "0.5000"]
+    assert result.table()["epochs to 0.8"] == ["3", "0.5000"]
     assert result.table()["share clipped"] == ["–", "0.1250"]
     result.save(tmp_path / "name")
     assert Comparison.load(tmp_path / "name.json").figures == result.figures
