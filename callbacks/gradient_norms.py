@@ -35,14 +35,16 @@ class GradientNorms(keras.callbacks.Callback):
             execution of the training function (one step, unless `steps_per_execution` is larger) in each epoch. About
             1e-3 is usual for a step.
 
-    Cost: one pass over the gradients at every recorded step; with XLA (`jit_compile=True`, JAX) at every step. If `fit`
-    raises, the optimizer goes on to record until the next `fit` with this callback, or `detach()`.
+    Cost: one pass over the gradients at every recorded step (with `LossScaleOptimizer`, at every step), for which the
+    training step is compiled once more, and two copies of the weights from the device in each epoch. If `fit` raises,
+    steps go on to be recorded until the next `fit` with a `GradientNorms`, or `detach()`.
 
     Args:
         every: number of steps from one recorded step to the next, a positive integer.
 
     Raises:
-        ValueError: `every` is not a positive integer. From `fit`: the model has no trainable weights.
+        ValueError: `every` is not a positive integer. From `fit`: the model has no trainable weights; or there are two
+            `GradientNorms`, of which `TrainingDoctor` has one.
 
     Source: Karpathy, notes of Stanford's course CS231n, "Neural Networks Part 3", for the update-to-weight ratio.
     """
@@ -53,7 +55,7 @@ class GradientNorms(keras.callbacks.Callback):
             raise ValueError(f"every must be a positive integer, not {every!r}.")
         self.every = every
         self._replaced = []
-        self._variables = []
+        self._optimizer = None
 
     def on_train_begin(self, logs=None):
         self.detach()
@@ -66,23 +68,32 @@ class GradientNorms(keras.callbacks.Callback):
         self._attach()
 
     def on_epoch_begin(self, epoch, logs=None):
+        if self._optimizer is None:
+            raise ValueError("A fit takes one GradientNorms; TrainingDoctor has one, its attribute gradient_norms.")
+        # Not when training begins, because callbacks further down the list may make the training function anew then.
+        if self._attached_model.train_function != self._train:
+            self._attach_to_training_function()
+        if self._iterations_before is None:
+            # Not when training begins, because `BackupAndRestore` sets the counter then.
+            self._iterations_before = int(keras.ops.convert_to_numpy(self._iterations))
         self._first_of_epoch = len(self.steps)
+        self._first_step = self._first_unread = self._steps_made()
         self._weights_before = None
-        self._unread_steps = 0
 
     def on_train_batch_begin(self, batch, logs=None):
+        # Everything is done here, because a callback with an `on_train_batch_end` has Keras wait for each step's logs.
         if batch == 0:
             self._weights_before = self._weights()
-
-    def on_train_batch_end(self, batch, logs=None):
-        if self._weights_before is not None:
+        else:
             self._compare_weights()
-            self._weights_before = None
-        self._unread_steps += self._steps_per_execution
-        if self._unread_steps + self._steps_per_execution > ROWS * self.every:
+        step = self._first_step + batch
+        if step + self._steps_per_execution - self._first_unread > ROWS * self.every:
             self._read()
+            self._first_unread = step
+        self._is_due = self._may_skip or -step % self.every < self._steps_per_execution
 
     def on_epoch_end(self, epoch, logs=None):
+        self._compare_weights()
         self._read()
         for prefix, name in (("", "all"), ("first_layer_", self.layers[0]), ("last_layer_", self.layers[-1])):
             norms = self.history[name][self._first_of_epoch :]
@@ -95,88 +106,114 @@ class GradientNorms(keras.callbacks.Callback):
         self.detach()
 
     def detach(self):
-        """Leave the optimizer as it was before `fit`."""
-        for target, name, previous in reversed(self._replaced):
-            vars(target).pop(name, None)
-            if previous is not None:
-                setattr(target, name, previous)
-        for variable in self._variables:
-            if keras.backend.backend() == "jax":
-                # Private: there is no public way to remove an optimizer's variable. Tried on Keras 3.15.
-                self._optimizer._untrack_variable(variable)
-        if self._variables:
-            # The compiled training function still records: have it made anew, as `compile` does.
-            self._attached_model.train_function = None
-        self._replaced, self._variables, self._attached_model, self._optimizer = [], [], None, None
+        """Leave the model and the optimizer as they were before `fit`."""
+        for target, name, function, previous in reversed(self._replaced):
+            # `compile`, or another callback, may have put something else in its place.
+            if vars(target).get(name) == function:
+                del vars(target)[name]
+                if previous is not None:
+                    setattr(target, name, previous)
+        if self._optimizer is not None and keras.backend.backend() == "jax":
+            # Private: there is no public way to remove an optimizer's variable. Tried on Keras 3.15.
+            self._optimizer._untrack_variable(self._table)
+        self._replaced, self._table, self._attached_model, self._optimizer = [], None, None, None
 
     def _attach(self):
         # On JAX, `self.model` synchronises the variables with the device, which must not happen within a step.
         self._attached_model = model = self.model
         self._steps_per_execution = model.steps_per_execution
         outer = model.optimizer
-        self._optimizer = getattr(outer, "inner_optimizer", outer)
-        # A condition changes how XLA fuses the operations around it, and so the rounding of the updates. There, the
-        # norms of all steps are computed, and the last row takes those that are not to be recorded.
-        self._always_computes = self.every == 1 or model.jit_compile or keras.backend.backend() == "jax"
-        shape = (ROWS + 1, len(model.trainable_variables))
+        self._optimizer = optimizer = getattr(outer, "inner_optimizer", outer)
+        # After skipped steps the host does not know which steps are due.
+        self._may_skip = optimizer is not outer
+        # Private: the public `iterations` leaves out accumulated batches. Tried on Keras 3.15.
+        self._iterations = optimizer._iterations
+        self._iterations_before = None
+        left = getattr(vars(optimizer).get("apply"), "__self__", None)
+        if isinstance(left, GradientNorms):
+            left.detach()
+        # The last column takes the step, and the last row those that are not due.
+        rows = np.full((ROWS + 1, len(model.trainable_variables) + 1), -1.0)
         if keras.backend.backend() == "jax":
             # On JAX a training step can change only the variables of the model, of the metrics and of the optimizer.
-            self._squares = self._optimizer.add_variable(shape, dtype="float32", name="callback_gradient_squares")
-            self._counter = self._optimizer.add_variable((), dtype="int32", name="callback_gradient_steps")
-            for optimizer in {id(outer): outer, id(self._optimizer): self._optimizer}.values():
-                self._replace(optimizer, "save_own_variables", lambda store, which=optimizer: _save(which, store))
-                self._replace(optimizer, "load_own_variables", lambda store, which=optimizer: _load(which, store))
+            self._table = optimizer.add_variable(rows.shape, dtype="float32", name="callback_gradient_norms")
+            self._table.assign(rows)
+            for each in {id(outer): outer, id(optimizer): optimizer}.values():
+                self._replace(each, "save_own_variables", lambda store, which=each: _save(which, store))
+                self._replace(each, "load_own_variables", lambda store, which=each: _load(which, store))
         else:
-            self._squares = keras.Variable(np.zeros(shape), dtype="float32", trainable=False)
-            self._counter = keras.Variable(0, dtype="int32", trainable=False)
-        self._variables = [self._squares, self._counter]
-        apply = self._optimizer.apply
+            self._table = keras.Variable(rows, dtype="float32", trainable=False)
+        self._apply = optimizer.apply
+        self._replace(optimizer, "apply", self._record_and_apply)
+        self._is_recording = False
 
-        def record_and_apply(gradients, trainable_variables=None):
-            gradients = list(gradients)
-            variables = model.trainable_variables if trainable_variables is None else list(trainable_variables)
-            gradient_of = {id(variable): gradient for variable, gradient in zip(variables, gradients, strict=True)}
-            self._record([(variable, gradient_of.get(id(variable))) for variable in model.trainable_variables])
-            return apply(gradients, trainable_variables)
+    def _attach_to_training_function(self):
+        """Have a second training function made, which records, and take it for the steps that are due.
 
-        self._replace(self._optimizer, "apply", record_and_apply)
-        # `fit` has made its training function already; one from an earlier `fit` would not call the new `apply`.
+        The other steps run as without this callback: a condition within one function would cost time at every step, and
+        would change the rounding of the updates.
+        """
+        model = self._attached_model
+        step, self._plain_function = model.train_step, model.train_function
+        self._replace(model, "train_function", self._train)
+        if keras.backend.backend() == "jax":
+            # The layout of a distributed training function's results has a place for each variable.
+            model.make_train_function(force=True)
+            self._plain_function = model.train_function
+        # A function of its own, because JAX takes what it has traced for an equal one.
+        self._replace(model, "train_step", lambda *arguments: step(*arguments))
         model.make_train_function(force=True)
+        self._recording_function = model.train_function
+        model.train_function = self._train
 
     def _replace(self, target, name, function):
-        self._replaced.append((target, name, vars(target).get(name)))
+        self._replaced.append((target, name, function, vars(target).get(name)))
         setattr(target, name, function)
 
+    def _train(self, *arguments):
+        if not self._is_due:
+            return self._plain_function(*arguments)
+        self._is_recording = True
+        try:
+            return self._recording_function(*arguments)
+        finally:
+            self._is_recording = False
+
+    def _record_and_apply(self, gradients, trainable_variables=None):
+        gradients = list(gradients)
+        if self._is_recording:
+            ours = self._attached_model.trainable_variables
+            variables = ours if trainable_variables is None else list(trainable_variables)
+            gradient_of = {id(variable): gradient for variable, gradient in zip(variables, gradients, strict=True)}
+            self._record([(variable, gradient_of.get(id(variable))) for variable in ours])
+        return self._apply(gradients, trainable_variables)
+
     def _record(self, variables_and_gradients):
-        """On the device, write the sum of each gradient's squares into the next row, if this step is to be recorded."""
+        """On the device, write the sum of each gradient's squares, and the step, into the row of this step."""
         ops = keras.ops
-        is_due = ops.equal(ops.mod(self._counter, self.every), 0)
+        step = ops.subtract(self._iterations, self._iterations_before)
+        is_due = ops.equal(ops.mod(step, self.every), 0)
+        row = ops.where(is_due, ops.mod(ops.floor_divide(step, self.every), ROWS), ROWS)
+        values = [_sum_of_squares(gradient, variable.shape) for variable, gradient in variables_and_gradients]
+        values = ops.stack([*values, ops.cast(step, "float32")])
+        row, values = ops.reshape(row, (1, 1)), ops.expand_dims(values, 0)
+        self._table.assign(ops.scatter_update(self._table, row, values))
 
-        def record():
-            squares = [_sum_of_squares(gradient, variable.shape) for variable, gradient in variables_and_gradients]
-            row = ops.where(is_due, ops.mod(ops.floor_divide(self._counter, self.every), ROWS), ROWS)
-            row, squares = ops.reshape(row, (1, 1)), ops.expand_dims(ops.stack(squares), 0)
-            self._squares.assign(ops.scatter_update(self._squares, row, squares))
-            return 0
-
-        if self._always_computes:
-            record()
-        else:
-            ops.cond(is_due, record, lambda: 0)
-        self._counter.assign_add(1)
+    def _steps_made(self):
+        # On JAX, asking for `self.model` brings the variables up to date.
+        _ = self.model
+        return int(keras.ops.convert_to_numpy(self._iterations)) - self._iterations_before
 
     def _read(self):
         """Move the recorded steps from the device into the history."""
-        # On JAX, variables are brought up to date when a callback asks for `self.model`.
-        optimizer = self.model.optimizer
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-        self._unread_steps = 0
-        table, count = (np.asarray(keras.ops.convert_to_numpy(variable)) for variable in self._variables)
         first = self.steps[-1] + self.every if self.steps else 0
-        new_steps = range(first, int(count), self.every)
-        squares = table[[step // self.every % ROWS for step in new_steps]].astype("float64")
-        squares /= float(optimizer.loss_scale_factor or 1) ** 2
-        self.steps += new_steps
+        due = np.arange(first, self._steps_made(), self.every)
+        rows = keras.ops.convert_to_numpy(self._table)[due // self.every % ROWS]
+        # A training step of the user's own may apply gradients more or less than once.
+        is_recorded = rows[:, -1] == due.astype("float32")
+        squares = rows[is_recorded, :-1].astype("float64")
+        squares /= float(self._optimizer.loss_scale_factor or 1) ** 2
+        self.steps += due[is_recorded].tolist()
         for name, norms in self._by_layer(squares).items():
             self.history[name] += np.sqrt(norms).tolist()
 
@@ -190,12 +227,16 @@ class GradientNorms(keras.callbacks.Callback):
         return [np.array(keras.ops.convert_to_numpy(variable)).ravel() for variable in self.model.trainable_variables]
 
     def _compare_weights(self):
+        """After the first execution of an epoch, append the ratios of the updates to the weights."""
+        if self._weights_before is None:
+            return
         pairs = list(zip(self._weights(), self._weights_before, strict=True))
-        updates = self._by_layer(np.array([_square(after - before) for after, before in pairs]))
-        weights = self._by_layer(np.array([_square(before) for _, before in pairs]))
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
+            updates = self._by_layer(np.array([_square(after - before) for after, before in pairs]))
+            weights = self._by_layer(np.array([_square(before) for _, before in pairs]))
             for name, ratios in self.update_to_weight_ratios.items():
                 ratios.append(float(np.sqrt(updates[name] / weights[name])))
+        self._weights_before = None
 
 
 def _square(vector):
@@ -206,8 +247,8 @@ def _square(vector):
 def _sum_of_squares(gradient, shape):
     if gradient is None:
         return keras.ops.zeros((), "float32")
-    if hasattr(gradient, "indices"):
-        # On TensorFlow the gradient of an embedding has a row for each use: the rows of one token are to be added up.
+    if keras.backend.backend() == "tensorflow" and hasattr(gradient, "indices"):
+        # The gradient of an embedding has a row for each use: the rows of one token are to be added up.
         gradient = keras.ops.scatter(keras.ops.expand_dims(gradient.indices, -1), gradient.values, shape)
     return keras.ops.sum(keras.ops.square(keras.ops.cast(gradient, "float32")))
 

@@ -47,7 +47,7 @@ class LearningRateLogger(keras.callbacks.Callback):
     def history(self):
         if self._pending_steps:
             steps = keras.ops.convert_to_tensor(self._pending_steps, dtype=self._step_dtype)
-            if self._run_eagerly:
+            if self._one_by_one:
                 # A schedule that runs eagerly may branch in Python.
                 rates = [keras.ops.convert_to_numpy(self._schedule(step)) for step in steps]
             else:
@@ -59,7 +59,8 @@ class LearningRateLogger(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         self.detach()
         self._rates, self._pending_steps = [], []
-        self._run_eagerly = self.model.run_eagerly
+        # PyTorch's `vectorized_map` knows no conditions, which some schedules of Keras have.
+        self._one_by_one = self.model.run_eagerly or keras.backend.backend() == "torch"
         optimizer = self._optimizer()
         self._may_skip = optimizer is not self.model.optimizer
         # Private: the public `learning_rate` is a schedule's present value, not the schedule. Tried on Keras 3.15.

@@ -97,8 +97,8 @@ class OneCycle(keras.callbacks.Callback):
                 "OneCycle cannot set a learning rate that is a schedule or a function. "
                 f"Give {optimizer.__class__.__name__} a float."
             )
-        for left in [value for value in vars(optimizer).values() if isinstance(value, _Momentum)]:
-            left.cycle.detach()
+        if left := vars(optimizer).get("_one_cycle"):
+            left.detach()
         self._step = -1
         self._attach(optimizer)
 
@@ -124,6 +124,7 @@ class OneCycle(keras.callbacks.Callback):
         """Leave the optimizer as it was before `fit`."""
         if self._optimizer is None:
             return
+        del vars(self._optimizer)["_one_cycle"]
         self._optimizer.learning_rate = self._rate_before
         if self.momentum is not None:
             vars(self._optimizer)[self._name] = self._momentum_before
@@ -147,10 +148,13 @@ class OneCycle(keras.callbacks.Callback):
             if keras.backend.backend() != "torch":
                 # Not by `setattr`, with which the optimizer would count it among its variables, and save it.
                 vars(optimizer)[name] = _Momentum(optimizer.learning_rate, self)
-                # `fit` has made its training function already; one from an earlier `fit` has the float in it.
-                self.model.make_train_function(force=True)
+        # `fit` has made its training function already: one from an earlier `fit` has the float in it, and `detach` may
+        # just have removed it.
+        self.model.make_train_function(force=self.momentum is not None)
         self._attached_model = self.model
         self._rate_before = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+        # For the next OneCycle, in case `fit` raises. Not by `setattr`, with which the optimizer would track it.
+        vars(optimizer)["_one_cycle"] = self
         self._optimizer = optimizer
 
     def _set_rate(self, rate):
@@ -169,7 +173,6 @@ class _Momentum(keras.Variable):
     """
 
     def __init__(self, learning_rate, cycle):
-        self.cycle = cycle
         self._learning_rate = learning_rate
         self._lowest_rate, self._highest_rate = cycle.peak / cycle.divisor, cycle.peak
         self._lowest, self._highest = cycle.momentum

@@ -33,7 +33,7 @@ THRESHOLDS = {
     "validation_rise": (1.15, "last validation loss over its minimum; fixed on runs"),
     "training_fall": (0.05, "share by which the training loss fell since that minimum, beyond its noise"),
     "flat": (
-        0.01,
+        0.015,
         "share by which the loss falls per epoch, last third of the epochs to the third before; fixed on runs",
     ),
     "high": (0.4, "loss over that of a constant prediction: above it, more than a third is still to be learned"),

@@ -1,5 +1,9 @@
 """The texts made from the results: the gallery (`evidence/README.md`) and the tables in the project's README."""
 
+import inspect
+import json
+
+import callbacks
 from callbacks import Comparison
 from evidence.recipes import ROOT, find_recipes, read_card, result_path
 
@@ -26,7 +30,10 @@ def generated_files(root=ROOT):
     readme = (root / "README.md").read_text(encoding="utf-8")
     readme = _between_markers(readme, "symptoms", _symptoms(recipes))
     readme = _between_markers(readme, "effects", _effects(recipes))
-    gallery = "\n".join([INTRODUCTION, *map(_section, recipes)])
+    readme = _between_markers(readme, "callbacks", _callbacks())
+    readme = _between_markers(readme, "overhead", _overhead(root / "evidence" / "overhead.json"))
+    doctor = _training_doctor(root / "evidence" / "training_doctor.json")
+    gallery = "\n".join([INTRODUCTION, *map(_section, recipes), doctor])
     return {root / "README.md": readme, root / "evidence" / "README.md": gallery}
 
 
@@ -69,6 +76,45 @@ def _effects(recipes):
     if not rows:
         return "Nothing has been measured yet."
     return "\n\n".join([_markdown_table({title: [row[title] for row in rows] for title in rows[0]}), *pictures])
+
+
+def _callbacks():
+    lines = []
+    for name in callbacks.__all__:
+        callback = getattr(callbacks, name)
+        sentence = inspect.getdoc(callback).partition("\n")[0]
+        lines.append(f"- [`{name}`]({callback.__module__.replace('.', '/')}.py): {sentence}")
+    return "\n".join(lines)
+
+
+def _overhead(path):
+    if not path.exists():
+        return "Nothing has been measured yet."
+    # Here, because it imports TensorFlow.
+    from evidence.overhead import note, table
+
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return f"{_markdown_table(table(result))}\n\n{note(result)}"
+
+
+def _training_doctor(path):
+    head = "## What TrainingDoctor finds\n\n"
+    if not path.exists():
+        return f"{head}Not measured yet.\n"
+    from evidence.training_doctor import table
+
+    result = json.loads(path.read_text(encoding="utf-8"))
+    environment = result["environment"]
+    seeds = [run["seed"] for run in result["runs"]]
+    return f"""{head}    python -m evidence.training_doctor
+
+{_markdown_table(table(result))}
+
+Runs with the seeds {min(seeds)} to {max(seeds)}; the thresholds were fixed on the seeds 0 to 19. The healthy runs take
+turns at a dense, a convolutional and a recurrent network. Several findings can hold of one run: units that are all dead
+pass no gradient on and leave the loss at chance. Keras {environment["keras"]} on {environment["backend"]}, Python
+{environment["python"]}; {environment["processor"]}.
+"""
 
 
 def _section(recipe):

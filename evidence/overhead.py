@@ -1,9 +1,9 @@
-"""Measure what each callback costs: `python -m evidence.overhead` (TensorFlow, about five minutes).
+"""Measure what each callback costs: `python -m evidence.overhead` (TensorFlow, about ten minutes on a quiet machine).
 
 For each network and way of compiling it, one model a callback is trained in its own thread, and the threads take turns
-at every step, so that all of them see the same machine. An epoch's time is that of its steps, from begin to end, and of
-what the callbacks do at its end. A cost is the ratio of an epoch's time to that of the model without a callback, the
-median over epochs; the null control is a second model without a callback.
+at every step, so that all of them see the same machine. An epoch's time is that of its steps, and of everything between
+the last step of the epoch before and its own first one. A cost is the ratio of an epoch's time to that of the model
+without a callback, the median over epochs; the null control is a second model without a callback.
 """
 
 import json
@@ -86,39 +86,53 @@ NETWORKS = {"dense": dense_network, "convolutional": convolutional_network}
 
 
 def contenders(inputs, targets, epochs):
-    """Return {name: list of callbacks} with each callback at its default."""
+    """Return {name: (kind, list of callbacks)} with each callback at its default."""
     batch = inputs[:BATCH_SIZE], targets[:BATCH_SIZE]
+    probe = inputs[:64]
     return {
-        BASELINE: [],
-        "null control": [],
-        "GradientNorms": [callbacks.GradientNorms()],
-        "second gradient computation": [SecondGradientComputation(*batch)],
+        BASELINE: ("control", []),
+        "null control": ("control", []),
+        "GradientNorms": ("monitor", [callbacks.GradientNorms()]),
+        "ActivationStatistics": ("monitor", [callbacks.ActivationStatistics(probe)]),
+        "LearningRateLogger": ("monitor", [callbacks.LearningRateLogger()]),
+        "TrainingDoctor": ("monitor", [callbacks.TrainingDoctor(probe, verbose=0)]),
+        "OneCycle": ("changes training", [callbacks.OneCycle(peak=0.01, steps=epochs * STEPS)]),
+        "StochasticWeightAveraging": ("changes training", [callbacks.StochasticWeightAveraging(epochs // 2)]),
+        "second gradient computation": ("for comparison", [SecondGradientComputation(*batch)]),
     }
 
 
-class _Turn(keras.callbacks.Callback):
-    """Holds the machine, and its clock, from the begin of each step or epoch's end to the end of it."""
+class _TakeTurn(keras.callbacks.Callback):
+    """Takes the machine, and starts the clock, when training or a step begins, or an epoch ends."""
 
-    def __init__(self, begins, clock):
+    def __init__(self, clock):
         super().__init__()
-        self.begins = begins
         self.clock = clock
 
-    def on_train_batch_begin(self, batch, logs=None):
-        if self.begins:
-            self.clock.take()
+    def on_train_begin(self, logs=None):
+        self.clock.take()
 
-    def on_train_batch_end(self, batch, logs=None):
-        if not self.begins:
-            self.clock.give()
+    def on_train_batch_begin(self, batch, logs=None):
+        self.clock.take()
 
     def on_epoch_end(self, epoch, logs=None):
-        if self.begins:
-            self.clock.take()
-        else:
-            self.clock.give()
-            self.clock.epochs.append(self.clock.seconds)
-            self.clock.seconds = 0.0
+        self.clock.end_epoch()
+        # Until the end of the next step, because Keras makes a new iterator before it, which would disturb the others.
+        self.clock.take()
+
+
+class _GiveTurn(keras.callbacks.Callback):
+    """Gives the machine to the next thread when a step or training ends."""
+
+    def __init__(self, clock):
+        super().__init__()
+        self.clock = clock
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.clock.give()
+
+    def on_train_end(self, logs=None):
+        self.clock.give()
 
 
 class _Clock:
@@ -126,39 +140,52 @@ class _Clock:
 
     def __init__(self, own_turn, next_turn):
         self.own_turn, self.next_turn = own_turn, next_turn
+        self.start = None
         self.seconds = 0.0
         self.epochs = []
 
     def take(self):
-        self.own_turn.acquire()
-        self._start = time.perf_counter()
+        if self.start is None:
+            self.own_turn.acquire()
+            self.start = time.perf_counter()
 
     def give(self):
-        self.seconds += time.perf_counter() - self._start
+        self.seconds += time.perf_counter() - self.start
+        self.start = None
         self.next_turn.release()
+
+    def end_epoch(self):
+        self.epochs.append(round(self.seconds, 6))
+        self.seconds = 0.0
 
 
 def measure(network, jit_compile, epochs):
-    """Return {name of a contender: seconds of each epoch}, the first epoch, which compiles, left out."""
+    """Return {name of a contender: its kind}, and {name: seconds of each epoch but the first, which compiles}."""
     generator = np.random.default_rng(0)
-    inputs = generator.normal(size=(BATCH_SIZE * STEPS, 28, 28, 1)).astype("float32")
-    targets = generator.integers(0, 10, len(inputs))
-    contending = contenders(inputs, targets, epochs)
+    inputs = generator.normal(size=(STEPS, BATCH_SIZE, 28, 28, 1)).astype("float32")
+    targets = generator.integers(0, 10, (STEPS, BATCH_SIZE))
+    # Slices, taken in the thread of the training: other threads would run in the turns of the others.
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    options.experimental_optimization.inject_prefetch = False
+    data = tf.data.Dataset.from_tensor_slices((inputs, targets)).with_options(options)
+    contending = contenders(inputs[0], targets[0], epochs + 1)
     turns = [threading.Semaphore(int(index == 0)) for index in range(len(contending))]
     clocks = {name: _Clock(turns[index], turns[(index + 1) % len(turns)]) for index, name in enumerate(contending)}
 
     def train(name):
         model = NETWORKS[network]()
         model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=jit_compile)
-        around = [_Turn(True, clocks[name]), *contending[name], _Turn(False, clocks[name])]
-        model.fit(inputs, targets, batch_size=BATCH_SIZE, epochs=epochs + 1, verbose=0, callbacks=around)
+        around = [_TakeTurn(clocks[name]), *contending[name][1], _GiveTurn(clocks[name])]
+        model.fit(data, epochs=epochs + 1, verbose=0, callbacks=around)
 
     threads = [threading.Thread(target=train, args=(name,)) for name in contending]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return {name: clock.epochs[1:] for name, clock in clocks.items()}
+    kinds = {name: kind for name, (kind, _) in contending.items()}
+    return kinds, {name: clock.epochs[1:] for name, clock in clocks.items()}
 
 
 def summarise(seconds):
@@ -176,18 +203,26 @@ def summarise(seconds):
 
 def table(result):
     """Return a saved result as a dict from a column's title to its cells."""
-    first = summarise(result["seconds"][0]["epochs"])
-    columns = {"callback": list(first)}
+    names = [name for name in result["kinds"] if name != BASELINE]
+    columns = {"callback": names, "kind": [result["kinds"][name] for name in names]}
     for measured in result["seconds"]:
         title = f"{measured['network']}, {'XLA' if measured['jit_compile'] else 'default'}"
-        columns[title] = [
-            f"{median:.3f} ({lower:.3f}–{upper:.3f})" for median, lower, upper in summarise(measured["epochs"]).values()
-        ]
+        ratios = summarise(measured["epochs"])
+        columns[title] = ["{:.3f} ({:.3f}–{:.3f})".format(*ratios[name]) for name in names]
     return columns
 
 
+def note(result):
+    """Return in words what a saved result was measured on."""
+    environment, epochs = result["environment"], len(result["seconds"][0]["epochs"][BASELINE])
+    return (
+        f"{epochs} epochs of {result['steps']} steps of {result['batch_size']} images; Keras {environment['keras']} on "
+        f"{environment['backend']}, Python {environment['python']}; {environment['processor']}."
+    )
+
+
 def main(*, epochs: PositiveInt = 30, save: Path = RESULT):
-    """Measure the cost of every callback at its default.
+    """Measure the cost of every callback at its default. `python -m evidence` puts the result into the README.
 
     Args:
         epochs: epochs of 63 steps to measure, after one that compiles.
@@ -198,13 +233,16 @@ def main(*, epochs: PositiveInt = 30, save: Path = RESULT):
     for network in NETWORKS:
         for jit_compile in (False, True):
             with console.status(f"{network} network, jit_compile={jit_compile}"):
-                seconds = measure(network, jit_compile, epochs)
+                result["kinds"], seconds = measure(network, jit_compile, epochs)
             result["seconds"].append({"network": network, "jit_compile": jit_compile, "epochs": seconds})
     columns = table(result)
-    shown = Table(*columns, title="Time of a step relative to no callback: median (quartiles)")
+    shown = Table(title="Time relative to no callback: median (quartiles)")
+    for title in columns:
+        shown.add_column(title, no_wrap=title == "callback")
     for cells in zip(*columns.values(), strict=True):
         shown.add_row(*cells)
     console.print(shown)
+    console.print(note(result), style="dim", highlight=False)
     with replacing(save) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

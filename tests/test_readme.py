@@ -26,7 +26,10 @@ def main_and_tokens(command):
     if tokens[0].rpartition("/")[2] != "python":
         return None
     if tokens[1] == "-m":
-        return importlib.import_module(f"{tokens[2]}.__main__").main, tokens[3:]
+        module = importlib.import_module(tokens[2])
+        if hasattr(module, "__path__"):
+            module = importlib.import_module(f"{tokens[2]}.__main__")
+        return module.main, tokens[3:]
     return load_module(ROOT / tokens[1]).main, tokens[2:]
 
 

@@ -1,5 +1,6 @@
 """What every callback must do; callbacks are found in `callbacks.__all__`."""
 
+import csv
 import doctest
 import inspect
 import os
@@ -15,6 +16,89 @@ import callbacks
 from evidence.recipes import ROOT
 
 CALLBACKS = [getattr(callbacks, name) for name in callbacks.__all__]
+INPUTS = np.random.default_rng(0).normal(size=(96, 4)).astype("float32")
+TARGETS = (INPUTS.sum(axis=1) > 0).astype("float32")
+
+
+def new_model():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(8, activation="relu"), keras.layers.Dense(1, activation="sigmoid")]
+    )
+    model.compile("adam", "binary_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def activations(statistics):
+    return {
+        f"activation_{statistic}/{layer}": [entry[statistic] for entry in entries[1:]]
+        for layer, entries in statistics.history.items()
+        for statistic, value in entries[0].items()
+        if value is not None
+    }
+
+
+def gradients(norms):
+    measured = {"update_to_weight_ratio": norms.update_to_weight_ratios["all"]}
+    for prefix, name in (("", "all"), ("first_layer_", norms.layers[0]), ("last_layer_", norms.layers[-1])):
+        epochs = np.split(np.array(norms.history[name]), 2)
+        measured[f"{prefix}gradient_norm_mean"] = [epoch.mean() for epoch in epochs]
+        measured[f"{prefix}gradient_norm_max"] = [epoch.max() for epoch in epochs]
+    return measured
+
+
+def rates(logger):
+    return {"learning_rate": [epoch[-1] for epoch in np.split(np.array(logger.history), 2)]}
+
+
+# How each callback is made for two epochs of twelve steps, and how its attributes then tell {name in `logs`: the value
+# of each epoch}.
+MEASURED = {
+    "ActivationStatistics": (lambda: callbacks.ActivationStatistics(INPUTS), activations),
+    "GradientNorms": (lambda: callbacks.GradientNorms(every=1), gradients),
+    "LearningRateLogger": (lambda: callbacks.LearningRateLogger(), rates),
+    "LearningRateRangeTest": (
+        lambda: callbacks.LearningRateRangeTest(1e-5, 1e-3, steps=24),
+        lambda finder: {"learning_rate": finder.learning_rates[11::12]},
+    ),
+    "OneCycle": (
+        lambda: callbacks.OneCycle(0.01, steps=24),
+        lambda cycle: {
+            "learning_rate": cycle.learning_rate_at([11, 23]).tolist(),
+            "momentum": cycle.momentum_at([11, 23]).tolist(),
+        },
+    ),
+    "StochasticWeightAveraging": (
+        lambda: callbacks.StochasticWeightAveraging(start_epoch=1),
+        lambda averaging: {"averaged_models": [0, 1]},
+    ),
+    "TrainingDoctor": (
+        lambda: callbacks.TrainingDoctor(INPUTS, every=1),
+        lambda doctor: (
+            activations(doctor.activation_statistics) | gradients(doctor.gradient_norms) | rates(doctor.learning_rates)
+        ),
+    ),
+}
+
+
+def fit_with(callback, logger):
+    """Return the history of a `fit` with both, and what the callback has measured by its own attributes."""
+    make, measured = MEASURED[callback.__name__]
+    callback = make()
+    history = new_model().fit(INPUTS, TARGETS, 8, epochs=2, verbose=0, callbacks=[callback, logger]).history
+    return history, measured(callback)
+
+
+def read_tensorboard(folder):
+    """Return {tag: the value of each epoch} of the scalars that `keras.callbacks.TensorBoard` has written."""
+    import tensorflow as tf
+
+    scalars = {}
+    for path in sorted(folder.glob("events.*")):
+        for event in tf.compat.v1.train.summary_iterator(str(path)):
+            for value in event.summary.value:
+                scalars.setdefault(value.tag, []).append(float(tf.make_ndarray(value.tensor)))
+    return scalars
 
 
 def test_every_file_is_exported():
@@ -24,14 +108,8 @@ def test_every_file_is_exported():
 
 @pytest.mark.parametrize("callback", CALLBACKS)
 def test_example_in_the_docstring_runs(callback):
-    inputs = np.random.default_rng(0).normal(size=(96, 4)).astype("float32")
-    keras.utils.set_random_seed(0)
-    model = keras.Sequential(
-        [keras.Input((4,)), keras.layers.Dense(8, activation="relu"), keras.layers.Dense(1, activation="sigmoid")]
-    )
-    model.compile("adam", "binary_crossentropy", metrics=["accuracy"])
-    names = {"keras": keras, "layers": keras.layers, "np": np, "model": model, "x": inputs}
-    names |= {"y": (inputs.sum(axis=1) > 0).astype("float32")} | {each.__name__: each for each in CALLBACKS}
+    names = {"keras": keras, "layers": keras.layers, "np": np, "model": new_model(), "x": INPUTS, "y": TARGETS}
+    names |= {each.__name__: each for each in CALLBACKS}
     # Not as doctests, because figures that an example prints are not to be compared.
     examples = doctest.DocTestParser().get_examples(callback.__doc__)
     assert examples
@@ -54,3 +132,25 @@ print(sorted(new & {{"scipy", "seaborn", "matplotlib", "pandas", "rich", "tensor
         [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True
     )
     assert process.stdout.strip() == "[]", process.stderr
+
+
+MEASURING = [callback for callback in CALLBACKS if issubclass(callback, keras.callbacks.Callback)]
+
+
+@pytest.mark.parametrize("callback", MEASURING)
+def test_what_it_measures_reaches_history_and_the_csv_file(callback, tmp_path):
+    history, expected = fit_with(callback, keras.callbacks.CSVLogger(tmp_path / "log.csv"))
+    with (tmp_path / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert expected.keys() == history.keys() - {"loss", "accuracy"}
+    for name, values in expected.items():
+        assert history[name] == pytest.approx(values, rel=1e-6)
+        assert [float(row[name]) for row in rows] == pytest.approx(values, rel=1e-6)
+
+
+@pytest.mark.parametrize("callback", MEASURING)
+def test_what_it_measures_reaches_tensorboard(callback, tmp_path):
+    _, expected = fit_with(callback, keras.callbacks.TensorBoard(tmp_path, write_graph=False))
+    written = read_tensorboard(tmp_path / "train")
+    for name, values in expected.items():
+        assert written[f"epoch_{name}"] == pytest.approx(values, rel=1e-6)
