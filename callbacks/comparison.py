@@ -745,7 +745,7 @@ def _number(value, sign="-"):
 
 
 def _figure_cell(value):
-    is_whole = value is not None and math.isfinite(value) and value == int(value)
+    is_whole = value is not None and abs(value) < 1e6 and value == int(value)
     return f"{value:.0f}" if is_whole else _number(value)
 
 

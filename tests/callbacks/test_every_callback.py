@@ -56,7 +56,7 @@ def rates(logger):
 MEASURED = {
     "ActivationStatistics": (lambda: callbacks.ActivationStatistics(INPUTS), activations),
     "GradientNorms": (lambda: callbacks.GradientNorms(every=1), gradients),
-    "LearningRateLogger": (lambda: callbacks.LearningRateLogger(), rates),
+    "LearningRateLogger": (callbacks.LearningRateLogger, rates),
     "LearningRateRangeTest": (
         lambda: callbacks.LearningRateRangeTest(1e-5, 1e-3, steps=24),
         lambda finder: {"learning_rate": finder.learning_rates[11::12]},
@@ -79,14 +79,6 @@ MEASURED = {
         ),
     ),
 }
-
-
-def fit_with(callback, logger):
-    """Return the history of a `fit` with both, and what the callback has measured by its own attributes."""
-    make, measured = MEASURED[callback.__name__]
-    callback = make()
-    history = new_model().fit(INPUTS, TARGETS, 8, epochs=2, verbose=0, callbacks=[callback, logger]).history
-    return history, measured(callback)
 
 
 def read_tensorboard(folder):
@@ -134,23 +126,20 @@ print(sorted(new & {{"scipy", "seaborn", "matplotlib", "pandas", "rich", "tensor
     assert process.stdout.strip() == "[]", process.stderr
 
 
-MEASURING = [callback for callback in CALLBACKS if issubclass(callback, keras.callbacks.Callback)]
-
-
-@pytest.mark.parametrize("callback", MEASURING)
-def test_what_it_measures_reaches_history_and_the_csv_file(callback, tmp_path):
-    history, expected = fit_with(callback, keras.callbacks.CSVLogger(tmp_path / "log.csv"))
+@pytest.mark.parametrize("callback", [each for each in CALLBACKS if issubclass(each, keras.callbacks.Callback)])
+def test_what_it_measures_reaches_history_the_csv_file_and_tensorboard(callback, tmp_path):
+    make, measured = MEASURED[callback.__name__]
+    callback = make()
+    loggers = [
+        keras.callbacks.CSVLogger(tmp_path / "log.csv"),
+        keras.callbacks.TensorBoard(tmp_path, write_graph=False),
+    ]
+    history = new_model().fit(INPUTS, TARGETS, 8, epochs=2, verbose=0, callbacks=[callback, *loggers]).history
     with (tmp_path / "log.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
+    scalars = read_tensorboard(tmp_path / "train")
+    expected = measured(callback)
     assert expected.keys() == history.keys() - {"loss", "accuracy"}
     for name, values in expected.items():
-        assert history[name] == pytest.approx(values, rel=1e-6)
-        assert [float(row[name]) for row in rows] == pytest.approx(values, rel=1e-6)
-
-
-@pytest.mark.parametrize("callback", MEASURING)
-def test_what_it_measures_reaches_tensorboard(callback, tmp_path):
-    _, expected = fit_with(callback, keras.callbacks.TensorBoard(tmp_path, write_graph=False))
-    written = read_tensorboard(tmp_path / "train")
-    for name, values in expected.items():
-        assert written[f"epoch_{name}"] == pytest.approx(values, rel=1e-6)
+        for written in (history[name], [float(row[name]) for row in rows], scalars[f"epoch_{name}"]):
+            assert written == pytest.approx(values, rel=1e-6)
