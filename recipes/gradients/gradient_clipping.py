@@ -19,9 +19,9 @@ is 0.03, with 0.569; the gain over it is 13.2 ± 11.0 points by each norm, and n
 norm 1": 0.98, so that θ acts more as a fixed length of step than as a guard. A guard, θ = 5, longer than nine tenths of
 its norms, also kept three of three runs from NaN, but they reached a validation accuracy of 0.59 instead of 0.68.
 
-Cost: the norms of the gradients at every step, too little to see in an epoch's processor time here; one hyper-parameter,
-the threshold, for which the paper advises half to ten times the usual norm. A gradient with a NaN stays one; with
-`global_clipnorm` it makes all gradients NaN.
+Cost: the norms of the gradients at every step, too little to see in an epoch's processor time here; one
+hyper-parameter, the threshold, for which the paper advises half to ten times the usual norm. A gradient with a NaN
+stays one; with `global_clipnorm` it makes all gradients NaN.
 
 Source: Pascanu, Mikolov and Bengio, "On the Difficulty of Training Recurrent Neural Networks", ICML 2013.
 """
