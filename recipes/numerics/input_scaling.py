@@ -74,14 +74,14 @@ def load(dataset, data_dir, limit):
 def scaling_layer(scaling, training_images):
     """Return a layer that scales images of shape (examples, height, width, channels), values 0 to 255."""
     if scaling == "unit":
-        return layers.Rescaling(1 / 255)
+        return layers.Rescaling(1 / 255, name="scaling")
     if scaling == "symmetric":
-        return layers.Rescaling(1 / 127.5, offset=-1)
+        return layers.Rescaling(1 / 127.5, offset=-1, name="scaling")
     if scaling == "standardised":
-        normalization = layers.Normalization()
+        normalization = layers.Normalization(name="scaling")
         normalization.adapt(training_images.astype("float32"))
         return normalization
-    return layers.Identity()
+    return layers.Identity(name="scaling")
 
 
 def build_model(training_images, classes, scaling):
@@ -89,9 +89,9 @@ def build_model(training_images, classes, scaling):
     inputs = keras.Input(training_images.shape[1:])
     x = scaling_layer(scaling, training_images)(inputs)  # the technique
     x = layers.Flatten()(x)
-    for _ in range(2):
-        x = layers.Dense(128, activation="relu")(x)
-    return keras.Model(inputs, layers.Dense(classes)(x))
+    for number in (1, 2):
+        x = layers.Dense(128, activation="relu", name=f"hidden_{number}")(x)
+    return keras.Model(inputs, layers.Dense(classes, name="logits")(x))
 
 
 def main(

@@ -42,6 +42,8 @@ def observe(path, seeds, replace_test_data=False):
 
     Events are ("start", model, trainable weights), ("end", model, None) and ("test", model, None), in order.
     """
+    # The automatic names of layers, which some callbacks log, begin anew.
+    keras.utils.clear_session()
     module = load_module(path)
     load, fit = module.load, keras.Model.fit
     events, test_data = [], []
