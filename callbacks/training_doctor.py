@@ -21,7 +21,7 @@ THRESHOLDS = {
     "input_mean": (10.0, "largest |mean| of the inputs: ten times the order of 1 that they should have"),
     "input_deviation_low": (0.01, "smallest deviation of the inputs: a hundredth of 1"),
     "input_deviation_high": (10.0, "largest deviation of the inputs: ten times 1; pixels of 0 to 255 have about 90"),
-    "norm_jump": (20.0, "gradient norm over the median of up to 50 recorded before it; fixed on runs"),
+    "norm_jump": (20.0, "gradient norm over the median of up to 50 recorded before it, at least 5; fixed on runs"),
     "norm_ratio": (1e-3, "first layer's gradient norm over the last layer's: three orders of magnitude"),
     "chance": (0.95, "lowest loss over that of a constant prediction; fixed on runs"),
     "dead": (0.5, "share of dead units in a layer: half of what it could do"),
@@ -125,6 +125,10 @@ class TrainingDoctor(keras.callbacks.Callback):
         `evidence/README.md`.
     """
 
+    # Has Keras read each step's loss in a thread of its own, while training goes on, where the backend allows it. Not
+    # documented, and tried on Keras 3.15.
+    async_safe = True
+
     def __init__(self, probe=None, *, constant_loss=None, every=10, verbose=1, **thresholds):
         super().__init__()
         for name, value in thresholds.items():
@@ -157,7 +161,8 @@ class TrainingDoctor(keras.callbacks.Callback):
             monitor.set_model(model)
 
     def on_train_begin(self, logs=None):
-        self._losses, self._validation_losses, self._first_epoch_losses = [], [], []
+        self._losses, self._validation_losses = [], []
+        self._untrained_loss = None
         self._not_finite = None
         self._steps = 0
         self._constant_loss = self.constant_loss or _loss_of_equal_probabilities(self.model)
@@ -167,7 +172,7 @@ class TrainingDoctor(keras.callbacks.Callback):
             monitor.on_train_begin(logs)
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._batches, self._sum = 0, 0.0
+        self._means = {}
         for monitor in self._monitors:
             monitor.on_epoch_begin(epoch, logs)
 
@@ -176,21 +181,19 @@ class TrainingDoctor(keras.callbacks.Callback):
             monitor.on_train_batch_begin(batch, logs)
 
     def on_train_batch_end(self, batch, logs=None):
-        for monitor in self._monitors:
-            monitor.on_train_batch_end(batch, logs)
-        mean, batches = logs["loss"], batch + 1
-        if self._not_finite is None and not math.isfinite(mean):
-            self._not_finite = self._steps + batch
-        if not self._losses:
-            # Keras gives the mean of the epoch so far: the last steps' own loss is what was added to the sum.
-            self._first_epoch_losses.append((mean * batches - self._sum) / (batches - self._batches))
-            self._batches, self._sum = batches, mean * batches
-        self._last_batch = batch
+        # Keras gives the mean over the epoch so far. The steps may come here in another order than they were made in.
+        self._means[batch] = logs["loss"]
 
     def on_epoch_end(self, epoch, logs=None):
         for monitor in self._monitors:
             monitor.on_epoch_end(epoch, logs)
-        self._steps += self._last_batch + 1
+        batches = sorted(self._means)
+        if self._untrained_loss is None:
+            self._untrained_loss = self._means[batches[0]]
+        lost = [batch for batch in batches if not math.isfinite(self._means[batch])]
+        if self._not_finite is None and lost:
+            self._not_finite = self._steps + lost[0]
+        self._steps += batches[-1] + 1
         self._losses.append(logs["loss"])
         if "val_loss" in logs:
             self._validation_losses.append(logs["val_loss"])
@@ -254,8 +257,7 @@ class TrainingDoctor(keras.callbacks.Callback):
                 )
         rate = f" (the rate is {signs['rate']:.2g})" if "rate" in signs else ""
         update = signs.get("update_ratio", math.nan)
-        # An explosion, or dead units, are told as such: the rate may be right.
-        if "exploding gradients" not in messages and (above("first_epoch") or update > limits["update_ratio_high"]):
+        if above("first_epoch") or update > limits["update_ratio_high"]:
             messages["rate too high"] = (
                 f"in the first epoch the mean loss was {signs.get('first_epoch', math.nan):.3g} times that before "
                 f"training, and a step changes the weights by {update:.1e} of their size{rate}."
@@ -332,7 +334,7 @@ class TrainingDoctor(keras.callbacks.Callback):
 
     def _signs_of_losses(self):
         losses, validation = self._losses, self._validation_losses
-        untrained = self._first_epoch_losses[0]
+        untrained = self._untrained_loss
         constant = self._constant_loss
         third = len(losses) // 3
         signs = {
@@ -360,12 +362,11 @@ class TrainingDoctor(keras.callbacks.Callback):
         norms = self.gradient_norms
         everywhere, first, last = (np.array(norms.history[name]) for name in ("all", norms.layers[0], norms.layers[-1]))
         signs = {}
-        jumps = [
-            everywhere[place] / np.median(everywhere[max(0, place - 50) : place])
-            for place in range(5, len(everywhere))
-            if np.isfinite(everywhere[place])
-        ]
-        if jumps:
+        # The first five have no norms before them that a median could be taken of: each is among its own five.
+        finite = everywhere[np.isfinite(everywhere)]
+        medians = [np.median(finite[max(0, place - 50) : max(5, place)]) for place in range(len(finite))]
+        jumps = finite / np.maximum(medians, 1e-30)
+        if len(jumps):
             signs["norm_jump"] = float(np.max(jumps))
         with np.errstate(all="ignore"):
             ratios = first / last
