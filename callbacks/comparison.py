@@ -761,18 +761,20 @@ def _floats(figures):
 
 
 def environment():
-    """Return the versions and the processor that the figures depend on."""
+    """Return the versions, and the processor with the cores that may be used, that the figures depend on."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processor = names[0] if names else platform.processor() or platform.machine()
     backend = keras.backend.backend()
     return {
         "python": platform.python_version(),
         "keras": keras.__version__,
         "backend": f"{backend} {importlib.metadata.version(backend)}",
-        "processor": f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "processor": f"{processor}, {cores} core{'s' * (cores > 1)}",
     }
 
 
