@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,7 @@ def main(
 
     A result is stale when the recipe's code, or that of a callback it imports, has changed since it was measured;
     comments and docstrings do not count. When the command is interrupted, the results that it finished stay, and the
-    next call goes on from there.
+    next call goes on from there, also with what `--force` has left to do.
 
     Args:
         recipes: names of recipes, such as `dropout`; all of them if none is given.
@@ -42,7 +43,12 @@ def main(
     """
     names = {Path(name).stem for name in recipes}
     chosen = [recipe for recipe in find_recipes(ROOT) if not names or recipe.stem in names]
-    stale = {recipe: "forced" if force else why_stale(recipe, seeds) for recipe in chosen}
+    # Names of the recipes that are still to be measured by force, for the next call in case this one is interrupted.
+    forced_path = ROOT / "evidence" / ".forced"
+    forced = set(forced_path.read_text(encoding="utf-8").split()) if forced_path.exists() else set()
+    if force:
+        forced |= {recipe.stem for recipe in chosen}
+    stale = {recipe: "forced" if recipe.stem in forced else why_stale(recipe, seeds) for recipe in chosen}
     stale = {recipe: reason for recipe, reason in stale.items() if reason}
     if check:
         outdated = [
@@ -57,9 +63,17 @@ def main(
             return 1
         print(f"All is fresh: {len(chosen)} {'recipe' if len(chosen) == 1 else 'recipes'}.")
         return 0
+    if force:
+        forced_path.write_text("\n".join(sorted(forced)), encoding="utf-8")
+    start = time.monotonic()
     for number, (recipe, reason) in enumerate(stale.items(), start=1):
-        print(f"[{number}/{len(stale)}] {recipe.relative_to(ROOT)}: {reason}", flush=True)
+        minutes = (time.monotonic() - start) / 60
+        print(f"[{number}/{len(stale)}, after {minutes:.0f} min] {recipe.relative_to(ROOT)}: {reason}", flush=True)
         measure(recipe, seeds)
+        forced.discard(recipe.stem)
+        forced_path.write_text("\n".join(sorted(forced)), encoding="utf-8")
+    if not forced:
+        forced_path.unlink(missing_ok=True)
     for path, text in generated_files(ROOT).items():
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -91,7 +91,7 @@ def test_stale_recipes_are_measured_and_everything_is_made_from_the_results(proj
 
     code, output = evidence("--seeds", "3")
     assert code == 0
-    assert "[1/1] recipes/numerics/quick.py" in output
+    assert "[1/1, after 0 min] recipes/numerics/quick.py" in output
     content = json.loads(result(project).read_text())
     assert content["recipe"] == "recipes/numerics/quick.py"
     assert {run["seed"] for run in content["runs"]} == {0, 1, 2}
@@ -144,6 +144,25 @@ def test_failed_recipe_leaves_the_old_result(project, evidence):
     assert "its old result stays as it was" in output
     assert (result(project).read_bytes(), result(project).with_suffix(".svg").read_bytes()) == old
     assert sorted(path.name for path in result(project).parent.iterdir()) == ["quick.json", "quick.svg"]
+
+
+def test_what_force_has_left_to_do_is_done_by_the_next_call(project, evidence):
+    second = project / "recipes" / "numerics" / "second.py"
+    second.write_text(RECIPE.replace("Quick:", "Second:"))
+    assert evidence()[0] == 0
+    script = second.read_text()
+    second.write_text("raise SystemExit(130)\n")
+    assert evidence("--force")[0] == 130
+    second.write_text(script)
+
+    code, output = evidence("--check")
+    assert code == 1
+    assert "recipes/numerics/second.py: forced" in output
+    assert "quick.py" not in output
+    assert "0 measured" in evidence("quick")[1]
+    assert "1 measured, 1 fresh" in evidence()[1]
+    assert evidence("--check")[0] == 0
+    assert not (project / "evidence" / ".forced").exists()
 
 
 def test_unknown_recipe_is_named_with_what_it_may_be(evidence):
