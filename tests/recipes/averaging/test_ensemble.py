@@ -1,0 +1,162 @@
+import keras
+import numpy as np
+import pytest
+
+SEEDS, MEMBERS = 2, 5
+
+
+@pytest.fixture(scope="module")
+def recipe(import_recipe):
+    return import_recipe("averaging/ensemble")
+
+
+@pytest.fixture(scope="module")
+def experiment(recipe):
+    """main, without training: (comparison, its models in order, their logits, the labels of the test images).
+
+    The logits are made up. In float32, the probabilities of some labels would be 0.
+    """
+    models, logits = [], []
+    generator = np.random.default_rng(0)
+    _, _, (_, labels), _ = recipe.load("fashion_mnist_10k", recipe.DATA_DIR, 50)
+
+    def predict(model, images, **keywords):
+        models.append(model)
+        logits.append(generator.normal(scale=5, size=(50, 10)).astype("float32"))
+        logits[-1][np.arange(0, 50, 5), labels[::5]] -= 200
+        return logits[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keras.Model, "fit", lambda *arguments, **keywords: None)
+        patch.setattr(keras.Model, "predict", predict)
+        comparison = recipe.main(seeds=SEEDS, limit=50)
+    return comparison, models, logits, labels
+
+
+def of_each_run(comparison, values):
+    """Yield each run of the comparison with the part of `values`, one for each model in order, that belongs to it."""
+    values = iter(values)
+    for run in comparison.runs:
+        yield run, [next(values) for _ in range(MEMBERS if run["variant"] == "ensemble of 5" else 1)]
+    assert next(values, None) is None
+
+
+def reference(members, labels):
+    """Return accuracy and log-loss of the mean probabilities, in the longest floating-point numbers there are."""
+    logits = np.array(members, dtype=np.longdouble)
+    logits -= logits.max(axis=-1, keepdims=True)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    mean = probabilities.mean(axis=0)
+    return np.mean(mean.argmax(axis=-1) == labels), -np.mean(np.log(mean[np.arange(len(labels)), labels]))
+
+
+def figures_of(comparison, run):
+    of_run = [
+        figure for figure in comparison.figures if (figure["variant"], figure["seed"]) == (run["variant"], run["seed"])
+    ]
+    return {figure["name"]: figure["value"] for figure in of_run}
+
+
+def test_figures_are_those_of_the_mean_of_the_members_probabilities(experiment):
+    comparison, _, logits, labels = experiment
+    for run, members in of_each_run(comparison, logits):
+        accuracy, loss = reference(members, labels)
+        found = figures_of(comparison, run)
+        assert run["metrics"]["test"] == {"accuracy": pytest.approx(accuracy), "loss": pytest.approx(loss)}
+        assert found["log-loss"] == pytest.approx(loss)
+        each = np.mean([reference([member], labels) for member in members], axis=0)
+        assert [found["members' accuracy"], found["members' log-loss"]] == pytest.approx(each)
+        if len(members) > 1:
+            assert accuracy != pytest.approx(each[0])
+            assert loss < 0.95 * each[1]
+
+
+def test_signals_count_the_members_from_one(experiment):
+    comparison, _, logits, labels = experiment
+    for run, members in of_each_run(comparison, logits):
+        of_run = {
+            signal["name"]: signal["values"]
+            for signal in comparison.signals
+            if (signal["variant"], signal["seed"]) == (run["variant"], run["seed"])
+        }
+        expected = [reference(members[: count + 1], labels) for count in range(MEMBERS)]
+        assert of_run["test accuracy"] == pytest.approx([accuracy for accuracy, _ in expected])
+        assert of_run["test log-loss"] == pytest.approx([loss for _, loss in expected])
+
+
+def test_log_loss_of_the_average_is_never_above_the_members_mean(recipe):
+    generator = np.random.default_rng(1)
+    for scale in (0, 0.1, 1, 10, 1000):
+        logits = generator.normal(scale=scale, size=(3, 40, 7)).astype("float32")
+        labels = generator.integers(0, 7, 40)
+        together = recipe.figures(recipe.average(logits), labels)["loss"]
+        apart = np.mean([recipe.figures(recipe.average([member]), labels)["loss"] for member in logits])
+        assert np.isfinite(together)
+        assert together <= apart + 1e-12
+        assert (together < 0.99 * apart) == (scale >= 1)
+        # Equal members: equality.
+        assert recipe.figures(recipe.average(logits[[0, 0, 0]]), labels) == pytest.approx(
+            recipe.figures(recipe.average(logits[:1]), labels)
+        )
+
+
+def test_it_is_never_above_it_after_training(recipe, monkeypatch):
+    # Three members do, and take less time.
+    variants = {"one network": (1, 1, 0.001), "ensemble of 5": (3, 1, 0.001)}
+    monkeypatch.setattr(recipe, "VARIANTS", variants)
+    comparison = recipe.main(epochs=2, limit=300)
+    for run in comparison.runs:
+        found = figures_of(comparison, run)
+        assert found["log-loss"] <= found["members' log-loss"] + 1e-12
+        if run["variant"] == "ensemble of 5":
+            assert found["log-loss"] < found["members' log-loss"] - 1e-4
+
+
+def test_all_members_of_all_ensembles_start_apart_and_the_first_as_the_baseline(experiment):
+    comparison, models, _, _ = experiment
+    starts = []
+    for run, of_run in of_each_run(comparison, models):
+        kernels = [np.array(model.get_weights()[0]) for model in of_run]
+        if run["variant"] == "one network":
+            baseline = kernels[0]
+        elif run["variant"] == "ensemble of 5":
+            np.testing.assert_array_equal(kernels[0], baseline)
+            starts += kernels
+    assert len(starts) == SEEDS * MEMBERS
+    assert len({start.tobytes() for start in starts}) == len(starts)
+    assert len({id(model) for model in models}) == len(models) == SEEDS * (MEMBERS + 2)
+
+
+def test_the_large_network_has_as_many_parameters_as_the_ensemble(experiment):
+    comparison, models, _, _ = experiment
+    sizes = {}
+    for run, of_run in of_each_run(comparison, models):
+        sizes[run["variant"]] = sum(model.count_params() for model in of_run)
+    one, ensemble, large = sizes.values()
+    assert ensemble == MEMBERS * one
+    assert large == pytest.approx(ensemble, rel=0.05)
+
+
+@pytest.mark.parametrize("image_shape, classes", [((9, 11, 3), 3), ((32, 32, 3), 100), ((2, 2, 1), 10)])
+def test_the_width_of_equal_size_is_found_for_any_data(recipe, image_shape, classes):
+    assert recipe.width_of(1, image_shape, classes) == recipe.WIDTH
+
+    def size(width):
+        shapes = [(np.prod(image_shape), width), width, (width, width), width, (width, classes), classes]
+        return sum(np.prod(shape) for shape in shapes)
+
+    for times in (2, MEMBERS):
+        width = recipe.width_of(times, image_shape, classes)
+        errors = [abs(size(width + step) - times * size(recipe.WIDTH)) for step in (0, -1, 1)]
+        assert errors[0] == min(errors)
+        assert errors[0] < 0.05 * times * size(recipe.WIDTH)
+    assert recipe.build_model(image_shape, classes, width).count_params() == size(width)
+
+
+def test_variants_are_the_counts_and_sizes_that_their_names_say(recipe):
+    assert recipe.MEMBERS == MEMBERS
+    assert {variant: values[:2] for variant, values in recipe.VARIANTS.items()} == {
+        "one network": (1, 1),
+        "ensemble of 5": (5, 1),
+        "one, 5 times as large": (1, 5),
+    }
