@@ -100,8 +100,9 @@ class TrainingDoctor(keras.callbacks.Callback):
         clipping most of the time: over half of the recorded steps are above the optimizer's `clipnorm` (for which the
             norms of layers count) or `global_clipnorm`; `clipvalue` is not examined.
 
-    Underfitting and plateau are not told of a run in which something before them was found, as they follow from it; and
-    of a run whose loss was not finite only the inputs, that, and exploding gradients.
+    Underfitting and plateau are not told of a run with vanishing gradients, at chance or at too low a rate, as they
+    follow from these, nor underfitting beside overfitting; and of a run whose loss was not finite only the inputs,
+    that, and exploding gradients.
 
     Attributes, begun anew by each `fit`:
         findings: list of `Finding`, with `name`, `message` and `recipes`; also after an interruption, of what was seen.
@@ -275,8 +276,8 @@ class TrainingDoctor(keras.callbacks.Callback):
                 f"{signs['training_fall']:.0%}."
             )
         is_flat = signs.get("flat", math.inf) < limits["flat"] and signs["epochs"] >= limits["epochs"]
-        if is_flat and not {"vanishing gradients", "stuck at chance", "rate too low", "overfitting"} & set(messages):
-            if above("high"):
+        if is_flat and not {"vanishing gradients", "stuck at chance", "rate too low"} & set(messages):
+            if above("high") and "overfitting" not in messages:
                 messages["underfitting"] = (
                     f"the training loss is flat, at {signs['high']:.2f} of that of a constant prediction: it fell by "
                     f"{max(signs['flat'], 0):.2%} per epoch of late."

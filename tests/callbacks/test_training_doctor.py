@@ -289,6 +289,11 @@ def test_rate_that_fell_and_losses_that_follow_from_something_else_are_no_platea
     assert names(Told(flat | stuck)) == ["stuck at chance"]
 
 
+def test_plateau_is_told_beside_overfitting_and_underfitting_is_not():
+    signs = HEALTHY_SIGNS | {"flat": 0.0, "high": 0.5, "validation_rise": 1.3, "training_fall": 0.1}
+    assert names(Told(signs)) == ["overfitting", "plateau at a constant rate"]
+
+
 def test_rate_too_high_is_told_beside_the_explosion_that_may_come_from_it():
     both = Told(HEALTHY_SIGNS | {"norm_jump": 25.0, "first_epoch": 27.8})
     assert names(both) == ["exploding gradients", "rate too high"]
