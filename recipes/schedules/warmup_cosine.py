@@ -1,0 +1,177 @@
+"""Warmup cosine: raises the learning rate from 0 over the first steps, then lets it fall along half a cosine to 0.
+
+Symptom: at the rate that is good later on, the loss of a deep network leaps up in the first steps and training recovers
+slowly or never; at a rate that is safe from the start, training is slow.
+
+Technique: with W steps of warm-up, peak rate η and T steps in all, step i, counted from 0, is made at η · i / W while
+i < W, and then at η/2 · (1 + cos(π (i - W) / (T - W))). Adam's first steps have the length of the rate in every weight,
+however small the gradient: that is what warm-up softens. Restarts raise the rate to the peak again, for periods that
+double. Keras: `CosineDecay` with `warmup_target` and `warmup_steps`; `CosineDecayRestarts`.
+
+Change: the optimizer's learning rate, where `steps` is epochs times batches per epoch:
+
+    rate = keras.optimizers.schedules.CosineDecay(
+        0.0, decay_steps=steps - steps // 10, warmup_target=0.001, warmup_steps=steps // 10
+    )
+    optimizer = keras.optimizers.Adam(rate)
+
+`decay_steps` counts from the end of the warm-up, so both together are the whole training. Write 0.0: with an integer 0,
+which makes Keras compute in integers, TensorFlow raises an error, and on JAX every step has the rate 0. The first step
+changes no weight; the last is made at η sin²(π / 2(T - W)), just above 0. Restarts end there, too, only if the training
+is 2ⁿ - 1 first periods long: here 1 + 2 + 4.
+
+Look for: the rate by block of 7 steps, and test accuracy after 14 epochs, each at its best rate: 0.833 constant, 0.853
+along a cosine, 0.854 with warm-up, 0.853 with restarts. Each gains about 2 points over the constant rate, with an
+interval of ± 1.0 to 1.2, and its seeds lie closer together. It is the fall that gains: between the cosine with and
+without warm-up, both with a peak of 0.003, no difference is measurable here (0.1 ± 0.2 points). In the search, at a
+peak of 0.01, which is too high, warm-up gained more: 0.843 validation accuracy instead of 0.831 (two seeds).
+
+Cost: none in time; the share of warm-up as a hyper-parameter, and the length of the training, which must be known
+beforehand: weights from the middle of a cosine are not as good as those from the end of a shorter one. A schedule
+counts the optimizer's steps, with gradient accumulation the batches; a second `fit` goes on where the first ended, for
+`CosineDecay` at rate 0. Callbacks that set the rate raise an error.
+
+Source: Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", ICLR 2017; Goyal et al.,
+"Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour", arXiv:1706.02677, on warm-up.
+"""
+
+import math
+from pathlib import Path
+
+import cyclopts
+import keras
+import tensorflow_datasets as tfds
+from cyclopts.types import PositiveInt
+from keras import layers
+from keras.optimizers import schedules
+
+from callbacks import Comparison, LearningRateLogger
+
+# The schedule, and its highest learning rate. Validation accuracy, over three seeds where it has a star, else over two:
+#   rate      0.0003   0.001    0.003    0.01
+#   constant  0.8410*  0.8188   0.8335   0.8010  (0.8245* at 0.0001)
+#   cosine    0.8468   0.8552*  0.8557*  0.8310
+#   warm-up   0.8475   0.8590*  0.8610*  0.8430
+#   restarts  0.8485   0.8557*  0.8548*  0.8183
+VARIANTS = {
+    "constant": ("constant", 0.0003),
+    "cosine": ("cosine", 0.003),
+    "warm-up, cosine": ("warm-up", 0.003),
+    "cosine, restarts": ("restarts", 0.001),
+}
+
+DATA_DIR = Path(__file__).resolve().parent.parent.parent / "data"
+
+
+def load(dataset, data_dir, limit):
+    """Return (images, labels) for training, validation and test, and the number of classes.
+
+    Images are uint8 arrays of shape (examples, height, width, channels), values 0 to 255. Nothing is downloaded.
+    """
+    try:
+        if not data_dir.is_dir():
+            raise FileNotFoundError(f"there is no folder {data_dir}")
+        split = ["train[:80%]", "train[80%:]", "test"]
+        splits, info = tfds.load(
+            dataset, split=split, data_dir=data_dir, as_supervised=True, with_info=True, download=False
+        )
+        arrays = [next(iter(tfds.as_numpy(split.take(limit or -1).batch(len(split))))) for split in splits]
+        return *arrays, info.features[info.supervised_keys[1]].num_classes
+    except Exception as error:
+        cause = str(error).strip().partition("\n")[0].rstrip(".")
+        error.add_note(
+            f"{dataset!r} was not loaded from {data_dir}: {cause}. Use --data-dir to name a folder in which TensorFlow "
+            "Datasets has prepared the set (`tfds build NAME --data_dir FOLDER` does so); the set must have labelled "
+            "images of one size, a train and a test split. The recipes' own is in the folder data of their repository."
+        )
+        raise
+
+
+def build_model(image_shape, classes):
+    """Return a classifier of images of `image_shape` (height, width, channels) that gives a logit for each class."""
+    inputs = keras.Input(image_shape)
+    x = layers.Rescaling(1 / 255)(inputs)
+    x = layers.Flatten()(x)
+    for _ in range(10):
+        x = layers.Dense(128, activation="relu", kernel_initializer="he_normal")(x)
+    return keras.Model(inputs, layers.Dense(classes)(x))
+
+
+def learning_rate(schedule, peak, steps):
+    """Return the learning rate for an optimizer that makes so many steps: a number or a schedule object."""
+    if schedule == "cosine":
+        return schedules.CosineDecay(peak, decay_steps=steps)
+    if schedule == "warm-up":
+        warmup_steps = steps // 10
+        return schedules.CosineDecay(  # the technique
+            0.0, decay_steps=steps - warmup_steps, warmup_target=peak, warmup_steps=warmup_steps
+        )
+    if schedule == "restarts":
+        return schedules.CosineDecayRestarts(peak, first_decay_steps=steps / 7)  # three periods: 1/7, 2/7, 4/7
+    return peak
+
+
+def main(
+    *,
+    dataset: str = "fashion_mnist_10k",
+    data_dir: Path = DATA_DIR,
+    epochs: PositiveInt = 14,
+    seeds: PositiveInt = 1,
+    limit: PositiveInt | None = None,
+    save: Path | None = None,
+):
+    """Train a network of ten layers at a constant rate, along a cosine, with warm-up before it, and with restarts.
+
+    Args:
+        dataset: name of a labelled image set of TensorFlow Datasets.
+        data_dir: folder with the prepared data set.
+        epochs: passes over the training data.
+        seeds: number of paired repetitions; from 2 on there are intervals and verdicts, 5 are worth reporting.
+        limit: use only this many images of each split.
+        save: NAME, to write the result to NAME.json and the picture to NAME.svg.
+    """
+    train, validation, test, classes = load(dataset, data_dir, limit)
+    batch_size = 128
+    steps = epochs * math.ceil(len(train[0]) / batch_size)
+    with Comparison(
+        baseline="constant",
+        metric="accuracy",
+        train=train,
+        validation=validation,
+        test=test,
+        runs=seeds * len(VARIANTS),
+        settings={
+            "dataset": dataset,
+            "limit": limit,
+            "epochs": epochs,
+            "peak rate": "best of 0.0003, 0.001, 0.003, 0.01 on validation data",
+        },
+        save=save,
+    ) as comparison:
+        for seed in range(seeds):
+            for variant, (schedule, peak) in VARIANTS.items():
+                keras.utils.set_random_seed(seed)
+                model = build_model(train[0].shape[1:], classes)
+                model.compile(
+                    optimizer=keras.optimizers.Adam(learning_rate(schedule, peak, steps)),
+                    loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+                    metrics=["accuracy"],
+                )
+                rates = LearningRateLogger()
+                model.fit(
+                    *train,
+                    batch_size=batch_size,
+                    epochs=epochs,
+                    validation_data=validation,
+                    verbose=0,
+                    callbacks=[rates, comparison.run(variant, seed)],
+                )
+                comparison.add_figure(variant, seed, "peak rate", max(rates.history))
+                comparison.add_figure(variant, seed, "last rate", rates.history[-1])
+                # Every seventh step makes lines that are short, and still smooth.
+                comparison.add_signal(variant, seed, "learning rate", rates.history[::7], by="block of 7 steps")
+    return comparison
+
+
+if __name__ == "__main__":
+    cyclopts.run(main, result_action="return_value")
