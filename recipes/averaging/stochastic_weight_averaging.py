@@ -17,7 +17,7 @@ Change: one callback, with the training data for the statistics:
 Look for: at the rate that is best for both, 0.03, averaging the last 10 of 20 epochs gains 1.4 ± 1.3 points of test
 accuracy over the last weights (0.846 and 0.831), and the runs differ less. The same average with the last weights'
 statistics loses all of it (0.823). A rate that decays to 0, from its own best rate of 0.1, gains 2.1 ± 1.7 and ends
-above the average (0.852): where the end of training is known beforehand, decay does as well or better here. The curves
+above the average (0.852): where the end of training is known beforehand, decay does better here. The curves
 of the first three variants are one and the same, for until its end training is as without the average. The paper
 reports 93.59 instead of 93.25 % (CIFAR-10, VGG-16, equal budget), with a schedule that decays first and keeps the rate
 constant then; not tried here.
