@@ -413,6 +413,7 @@ class Comparison:
                 "epoch_seconds": epoch_seconds,
             }
         )
+        self._show_progress(f"seed {seed} · {variant}")
         if self._progress is not None and not self._progress.console.is_terminal:
             figure = _number(self._figure_of(self.runs[-1]))
             self._progress.console.print(
@@ -537,7 +538,7 @@ class Comparison:
             )
             axes[position].set(title=panel["title"], ylabel=panel["ylabel"], yscale=panel["scale"])
             axes[position].xaxis.get_major_locator().set_params(integer=True)
-            if panel["by"] == "epoch":
+            if panel["ylabel"] == self.metric:
                 if shared is not None:
                     axes[position].sharey(shared)
                 shared = axes[position]
@@ -641,7 +642,6 @@ class _Run(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         metrics = self.comparison._evaluate(self.model)
         self.comparison._finish_run(self.variant, self.seed, metrics, self.curve, self.epoch_seconds)
-        self._show_progress("", 0.0)
 
     def _show_progress(self, text, fraction_of_run):
         self.comparison._show_progress(f"seed {self.seed} · {self.variant}{text}", fraction_of_run)

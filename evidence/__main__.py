@@ -64,21 +64,25 @@ def main(
         print(f"All is fresh: {len(chosen)} {'recipe' if len(chosen) == 1 else 'recipes'}.")
         return 0
     if force:
-        forced_path.write_text("\n".join(sorted(forced)), encoding="utf-8")
+        write(forced_path, "\n".join(sorted(forced)))
     start = time.monotonic()
     for number, (recipe, reason) in enumerate(stale.items(), start=1):
         minutes = (time.monotonic() - start) / 60
         print(f"[{number}/{len(stale)}, after {minutes:.0f} min] {recipe.relative_to(ROOT)}: {reason}", flush=True)
         measure(recipe, seeds)
         forced.discard(recipe.stem)
-        forced_path.write_text("\n".join(sorted(forced)), encoding="utf-8")
+        write(forced_path, "\n".join(sorted(forced)))
     if not forced:
         forced_path.unlink(missing_ok=True)
     for path, text in generated_files(ROOT).items():
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write(path, text)
     print(f"{len(stale)} measured, {len(chosen) - len(stale)} fresh; the gallery is evidence/README.md.")
     return 0
+
+
+def write(path, text):
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def measure(recipe, seeds):

@@ -413,6 +413,25 @@ def test_interrupted_comparison_leaves_out_figures_and_signals_of_unfinished_see
     assert len(result._figure().axes) == 1
 
 
+def test_curves_of_the_metric_share_their_axis_and_a_signal_by_epoch_has_its_own():
+    result = with_figures({"a": [0.5, 0.6]})
+    for run in result.runs:
+        run["curve"] = {"accuracy": [0.1, 0.5], "val_accuracy": [0.2, 0.9]}
+        result.add_signal("a", run["seed"], "learning rate", [0.001, 0.0001], by="epoch")
+    signal, training, validation, _ = result._figure().axes
+    assert training.get_ylim() == validation.get_ylim()
+    assert signal.get_ylim()[1] < 0.01
+
+
+def test_progress_counts_runs_that_no_fit_produces():
+    with new_comparison(runs=2) as result:
+        result.add("a", 0, {"accuracy": 0.5})
+        (task,) = result._progress.tasks
+        assert task.completed == 1
+        assert task.description == "seed 0 · a"
+        result.add("a", 1, {"accuracy": 0.6})
+
+
 def test_signal_is_drawn_by_its_own_axis_as_the_geometric_mean_on_a_logarithmic_one(tmp_path):
     result = with_figures({"a": [0.5, 0.6], "b": [0.7, 0.8]})
     norms = {"a": [[1.0, 0.1, 1e-3], [4.0, 0.4, 1e-5]], "b": [[2.0, 2.0, np.inf], [8.0, 0.0, 2.0]]}
