@@ -146,6 +146,9 @@ def main(
                     optimizer=keras.optimizers.SGD(learning_rate),
                     loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
                     metrics=["accuracy"],
+                    # The same arithmetic as with one, in half the time: a step of 4 images is shorter than what `fit`
+                    # does between two steps.
+                    steps_per_execution=32,
                 )
                 model.fit(
                     *train,
