@@ -6,7 +6,9 @@ import types
 import keras
 import pytest
 
-RECIPES = ["adaptive_optimizers", "momentum", "normalized_gradient"]
+from evidence.recipes import find_recipes
+
+RECIPES = [recipe.stem for recipe in find_recipes() if recipe.parent.name == "optimizers"]
 
 
 @pytest.fixture(params=RECIPES)
