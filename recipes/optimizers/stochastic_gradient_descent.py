@@ -20,7 +20,7 @@ gradient is a good enough guide, and what counts is the number of steps.
 
 Cost: an epoch takes longer the smaller its batches are, because each step has a cost of its own: 1.2 times that of the
 full batch with 1024, 1.7 times with 128, 5.5 times with 16, on two CPU cores. The learning rate has to be searched for
-anew at each size: here the best falls from 0.3 to 0.01 with the batch. Memory for activations is proportional to the
+anew at each size: here the best are 0.1, 0.3, 0.1 and 0.01. Memory for activations is proportional to the size of the
 batch. At a constant rate the noise keeps the weights moving about the minimum: see the schedules.
 
 Source: Robbins and Monro, "A Stochastic Approximation Method", Annals of Mathematical Statistics 22, 1951; Bottou and
