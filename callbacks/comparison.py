@@ -10,6 +10,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import weakref
@@ -520,7 +521,6 @@ class Comparison:
         with seaborn.axes_style("whitegrid"):
             figure = Figure(figsize=(4 * columns, 3.6 * rows + 0.3), layout="constrained")
             axes = figure.subplots(rows, columns, squeeze=False).ravel()
-        shared = None
         for position, panel in enumerate(panels):
             table = pandas.DataFrame(panel["points"], columns=["variant", panel["by"], "value"])
             seaborn.lineplot(
@@ -536,12 +536,12 @@ class Comparison:
                 legend=False,
                 ax=axes[position],
             )
-            axes[position].set(title=panel["title"], ylabel=panel["ylabel"], yscale=panel["scale"])
+            axes[position].set(title=textwrap.fill(panel["title"], 40), ylabel=panel["ylabel"], yscale=panel["scale"])
             axes[position].xaxis.get_major_locator().set_params(integer=True)
-            if panel["ylabel"] == self.metric:
-                if shared is not None:
-                    axes[position].sharey(shared)
-                shared = axes[position]
+        curves = [axes[position] for position, panel in enumerate(panels) if panel["ylabel"] == self.metric]
+        ends = [end for panel in curves for end in panel.get_ylim()]
+        for panel in curves:
+            panel.set_ylim(min(ends), max(ends))
         self._draw_differences(axes[len(panels)], runs, palette)
         handles = [Line2D([], [], color=color, label=variant) for variant, color in palette.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
@@ -555,8 +555,9 @@ class Comparison:
         for entry in self.signals:
             name, by, scale = entry["name"], entry["by"], entry["scale"]
             if entry["seed"] in runs.get(entry["variant"], {}):
-                panel = {"title": f"{name} by {by}", "ylabel": name, "by": by, "scale": scale, "points": []}
-                panels.setdefault(name, panel)["points"] += _points(entry["variant"], entry["values"], scale)
+                title = f"{name} by {by}"
+                panel = {"title": title, "ylabel": name, "by": by, "scale": scale, "points": []}
+                panels.setdefault(title, panel)["points"] += _points(entry["variant"], entry["values"], scale)
         metric = self.metric
         curves = {f"training {metric}, as logged": metric, f"validation {metric}": f"val_{metric}"}
         for title, name in curves.items():

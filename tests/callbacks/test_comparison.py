@@ -413,14 +413,30 @@ def test_interrupted_comparison_leaves_out_figures_and_signals_of_unfinished_see
     assert len(result._figure().axes) == 1
 
 
-def test_curves_of_the_metric_share_their_axis_and_a_signal_by_epoch_has_its_own():
+def test_curves_of_the_metric_have_one_range_and_a_signal_by_epoch_its_own():
     result = with_figures({"a": [0.5, 0.6]})
     for run in result.runs:
         run["curve"] = {"accuracy": [0.1, 0.5], "val_accuracy": [0.2, 0.9]}
         result.add_signal("a", run["seed"], "learning rate", [0.001, 0.0001], by="epoch")
     signal, training, validation, _ = result._figure().axes
-    assert training.get_ylim() == validation.get_ylim()
+    low, high = training.get_ylim()
+    assert (low, high) == validation.get_ylim()
+    assert low < 0.1 and high > 0.9
     assert signal.get_ylim()[1] < 0.01
+
+
+def test_signal_named_like_a_curve_has_a_panel_of_its_own():
+    result = with_figures({"a": [0.5, 0.6]})
+    for run in result.runs:
+        run["curve"] = {"val_accuracy": [0.2, 0.9]}
+        result.add_signal("a", run["seed"], "validation accuracy", [0.3, 0.4, 0.7], by="tenth of a second")
+    signal, curve, _ = result._figure().axes
+    assert (signal.get_title(), curve.get_title()) == (
+        "validation accuracy by tenth of a second",
+        "validation accuracy",
+    )
+    np.testing.assert_allclose(signal.lines[0].get_ydata(), [0.3, 0.4, 0.7])
+    np.testing.assert_allclose(curve.lines[0].get_ydata(), [0.2, 0.9])
 
 
 def test_progress_counts_runs_that_no_fit_produces():
