@@ -21,6 +21,21 @@ def import_recipe():
     return lambda name: load_module(ROOT / "recipes" / f"{name}.py")
 
 
+def forget_programs():
+    """On JAX, free what was compiled: each program takes mappings of memory, which a process has 65,530 of."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def free_programs():
+    """Forget what the tests of each file have compiled."""
+    yield
+    forget_programs()
+
+
 @pytest.fixture(autouse=True)
 def free_memory():
     """Forget the models of each test."""

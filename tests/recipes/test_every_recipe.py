@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 
 from evidence.gallery import generated_files
 from evidence.recipes import ROOT, find_recipes, read_card, why_stale
-from tests.conftest import load_module
+from tests.conftest import forget_programs, load_module
 
 LIMIT = 64
 
@@ -34,10 +34,17 @@ pytestmark = pytest.mark.parametrize(
 )
 
 
+same_on_all_backends = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="it is the same on all backends, and tested on TensorFlow"
+)
+
+
 @pytest.fixture(scope="module")
 def observed(recipe):
     """Two calls of the recipe's main, the second with one seed and other test data: [(comparison, events)] * 2."""
-    return [observe(recipe, seeds=2), observe(recipe, seeds=1, replace_test_data=True)]
+    both = [observe(recipe, seeds=2), observe(recipe, seeds=1, replace_test_data=True)]
+    forget_programs()
+    return both
 
 
 def observe(path, seeds, replace_test_data=False):
@@ -144,6 +151,7 @@ def test_test_data_changes_nothing_but_test_figures_and_a_seed_repeats(observed)
     assert any(first["metrics"]["test"] != second["metrics"]["test"] for first, second in pairs)
 
 
+@same_on_all_backends
 def test_flags_are_the_common_ones_first(recipe):
     parameters = inspect.signature(load_module(recipe).main).parameters.values()
     assert [parameter.name for parameter in parameters][:6] == [
@@ -157,6 +165,7 @@ def test_flags_are_the_common_ones_first(recipe):
     assert all(parameter.kind == parameter.KEYWORD_ONLY for parameter in parameters)
 
 
+@same_on_all_backends
 @pytest.mark.parametrize("flag, value", [("--seeds", "0"), ("--epochs", "-1"), ("--limit", "0"), ("--epoch", "3")])
 def test_bad_flag_is_named_with_what_it_may_be(recipe, flag, value, capsys):
     app = cyclopts.App(default_command=load_module(recipe).main, result_action="return_value")
@@ -169,12 +178,14 @@ def test_bad_flag_is_named_with_what_it_may_be(recipe, flag, value, capsys):
     assert captured.out == ""
 
 
+@same_on_all_backends
 def test_help_explains_every_flag(recipe):
     module = load_module(recipe)
     for name in inspect.signature(module.main).parameters:
         assert f"    {name}: " in module.main.__doc__
 
 
+@same_on_all_backends
 def test_imports_nothing_else_of_this_project_and_no_backend(recipe):
     imported = {
         name.partition(".")[0]
@@ -223,7 +234,7 @@ def colour_images(tmp_path_factory):
     return folder
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="what a recipe imports is the same on all backends")
+@same_on_all_backends
 def test_stands_alone_with_any_data_set(recipe, colour_images, tmp_path):
     (tmp_path / "empty").mkdir()
     shutil.copy(recipe, tmp_path / "empty")
@@ -245,6 +256,7 @@ def test_stands_alone_with_any_data_set(recipe, colour_images, tmp_path):
     assert all(run["variant"].split()[0] in process.stdout for run in result["runs"])
 
 
+@same_on_all_backends
 def test_without_data_the_last_line_says_where_to_get_it(recipe, tmp_path, monkeypatch):
     copy = shutil.copy(recipe, tmp_path)
     monkeypatch.setattr(sys, "argv", [copy, "--seeds", "1"])
@@ -265,6 +277,7 @@ def corrupted(folder):
     return "fashion_mnist_10k", folder
 
 
+@same_on_all_backends
 @pytest.mark.parametrize(
     "case, cause",
     [
@@ -289,6 +302,7 @@ def test_data_that_cannot_be_loaded_is_explained_in_the_last_line(recipe, case, 
     assert "\n" not in note
 
 
+@same_on_all_backends
 def test_place_that_cannot_be_written_is_noticed_before_training(recipe, tmp_path, monkeypatch):
     def refuse(*arguments, **keywords):
         raise AssertionError("training began")
@@ -299,16 +313,19 @@ def test_place_that_cannot_be_written_is_noticed_before_training(recipe, tmp_pat
         load_module(recipe).main(epochs=1, limit=LIMIT, save=tmp_path / "file" / "name")
 
 
+@same_on_all_backends
 def test_card_is_complete(recipe):
     card = read_card(recipe)
     assert all(card.values())
     assert card["Name"].replace(" ", "_").replace("-", "_").lower() == recipe.stem
 
 
+@same_on_all_backends
 def test_result_is_fresh(recipe):
     assert why_stale(recipe, seeds=5) is None
 
 
+@same_on_all_backends
 def test_readme_and_gallery_show_it_as_it_is(recipe):
     for path, text in generated_files().items():
         assert path.read_text(encoding="utf-8") == text
@@ -316,5 +333,6 @@ def test_readme_and_gallery_show_it_as_it_is(recipe):
         assert f"{recipe.parent.name}/{recipe.stem}.svg" in text
 
 
+@same_on_all_backends
 def test_has_a_test_of_its_own(recipe):
     assert Path(ROOT / "tests" / "recipes" / recipe.parent.name / f"test_{recipe.stem}.py").exists()
