@@ -1,6 +1,7 @@
 """What every recipe must do; recipes are found by looking at the folder."""
 
 import ast
+import contextlib
 import functools
 import inspect
 import json
@@ -42,9 +43,30 @@ same_on_all_backends = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def observed(recipe):
     """Two calls of the recipe's main, the second with one seed and other test data: [(comparison, events)] * 2."""
-    both = [observe(recipe, seeds=2), observe(recipe, seeds=1, replace_test_data=True)]
+    with without_optimization():
+        both = [observe(recipe, seeds=2), observe(recipe, seeds=1, replace_test_data=True)]
     forget_programs()
     return both
+
+
+@contextlib.contextmanager
+def without_optimization():
+    """Save the time of compilation: on TensorFlow models run eagerly, on JAX compiled, without most optimisations.
+
+    Compiled by TensorFlow, a recipe runs as a script, in the test that it stands alone.
+    """
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.config.update("jax_disable_most_optimizations", True)
+        try:
+            yield
+        finally:
+            jax.config.update("jax_disable_most_optimizations", False)
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(keras.Model, "compile", functools.partialmethod(keras.Model.compile, run_eagerly=True))
+            yield
 
 
 def observe(path, seeds, replace_test_data=False):
@@ -88,10 +110,6 @@ def observe(path, seeds, replace_test_data=False):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "load", spy_on_load)
         patch.setattr(keras.Model, "fit", spy_on_fit)
-        if keras.backend.backend() == "tensorflow":
-            # In half the time; compiled, the recipe runs as a script, in the test that it stands alone.
-            eagerly = functools.partialmethod(keras.Model.compile, run_eagerly=True)
-            patch.setattr(keras.Model, "compile", eagerly)
         for name in ("evaluate", "predict"):
             patch.setattr(keras.Model, name, spy_on_use(getattr(keras.Model, name)))
         return module.main(epochs=1, seeds=seeds, limit=LIMIT), events
