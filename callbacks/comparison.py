@@ -266,8 +266,7 @@ class Comparison:
         # JSON has no notation for numbers that are not finite: they become the texts "NaN", "Infinity", "-Infinity".
         content = json.loads(json.dumps(self._as_dict(), default=str), parse_constant=str)
         self.plot(path.with_name(path.name + ".svg"))
-        with replacing(path.with_name(path.name + ".json")) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_whole(path.with_name(path.name + ".json"), json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, path):
@@ -538,10 +537,10 @@ class Comparison:
             )
             axes[position].set(title=textwrap.fill(panel["title"], 40), ylabel=panel["ylabel"], yscale=panel["scale"])
             axes[position].xaxis.get_major_locator().set_params(integer=True)
-        curves = [axes[position] for position, panel in enumerate(panels) if panel["ylabel"] == self.metric]
-        ends = [end for panel in curves for end in panel.get_ylim()]
-        for panel in curves:
-            panel.set_ylim(min(ends), max(ends))
+        of_metric = [axes[position] for position, panel in enumerate(panels) if panel["ylabel"] == self.metric]
+        ends = [end for each in of_metric for end in each.get_ylim()]
+        for each in of_metric:
+            each.set_ylim(min(ends), max(ends))
         self._draw_differences(axes[len(panels)], runs, palette)
         handles = [Line2D([], [], color=color, label=variant) for variant, color in palette.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
@@ -817,3 +816,9 @@ def replacing(path):
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path, text):
+    """Write a text file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -11,7 +11,7 @@ from typing import Annotated
 import cyclopts
 from cyclopts.types import PositiveInt
 
-from callbacks.comparison import replacing
+from callbacks.comparison import write_whole
 from evidence.gallery import generated_files
 from evidence.recipes import ROOT, digest, find_recipes, result_path, why_stale
 
@@ -64,25 +64,20 @@ def main(
         print(f"All is fresh: {len(chosen)} {'recipe' if len(chosen) == 1 else 'recipes'}.")
         return 0
     if force:
-        write(forced_path, "\n".join(sorted(forced)))
+        write_whole(forced_path, "\n".join(sorted(forced)))
     start = time.monotonic()
     for number, (recipe, reason) in enumerate(stale.items(), start=1):
         minutes = (time.monotonic() - start) / 60
         print(f"[{number}/{len(stale)}, after {minutes:.0f} min] {recipe.relative_to(ROOT)}: {reason}", flush=True)
         measure(recipe, seeds)
         forced.discard(recipe.stem)
-        write(forced_path, "\n".join(sorted(forced)))
+        write_whole(forced_path, "\n".join(sorted(forced)))
     if not forced:
         forced_path.unlink(missing_ok=True)
     for path, text in generated_files(ROOT).items():
-        write(path, text)
+        write_whole(path, text)
     print(f"{len(stale)} measured, {len(chosen) - len(stale)} fresh; the gallery is evidence/README.md.")
     return 0
-
-
-def write(path, text):
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def measure(recipe, seeds):

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import callbacks
-from callbacks.comparison import environment, replacing
+from callbacks.comparison import environment, write_whole
 from evidence.recipes import ROOT
 
 RESULT = ROOT / "evidence" / "overhead.json"
@@ -243,8 +243,7 @@ def main(*, epochs: PositiveInt = 30, save: Path = RESULT):
         shown.add_row(*cells)
     console.print(shown)
     console.print(note(result), style="dim", highlight=False)
-    with replacing(save) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_whole(save, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

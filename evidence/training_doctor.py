@@ -20,7 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 from callbacks import TrainingDoctor
-from callbacks.comparison import environment, replacing
+from callbacks.comparison import environment, write_whole
 from evidence.recipes import ROOT
 
 RESULT = ROOT / "evidence" / "training_doctor.json"
@@ -174,8 +174,7 @@ def main(*, first_seed: NonNegativeInt = 40, seeds: PositiveInt = 20, save: Path
     for cells in zip(*columns.values(), strict=True):
         shown.add_row(*cells)
     Console().print(shown)
-    with replacing(save) as temporary:
-        temporary.write_text(json.dumps(json.loads(json.dumps(result), parse_constant=str), indent=1) + "\n", "utf-8")
+    write_whole(save, json.dumps(json.loads(json.dumps(result), parse_constant=str), indent=1) + "\n")
 
 
 if __name__ == "__main__":
