@@ -172,7 +172,7 @@ def main(
                 rates = history["learning_rate"]
                 comparison.add_figure(variant, seed, "first rate", rates[0])
                 comparison.add_figure(variant, seed, "last rate", rates[-1])
-                comparison.add_signal(variant, seed, "learning rate", rates, by="epoch of training", scale="log")
+                comparison.add_signal(variant, seed, "learning rate", rates, by="epoch", scale="log")
     return comparison
 
 

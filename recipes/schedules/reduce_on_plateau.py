@@ -151,9 +151,9 @@ def main(
                 comparison.add_figure(variant, seed, "first rate", rates[0])
                 comparison.add_figure(variant, seed, "last rate", rates[-1])
                 comparison.add_figure(variant, seed, "reductions", np.count_nonzero(np.diff(rates)))
-                comparison.add_signal(variant, seed, "learning rate", rates, by="epoch of training", scale="log")
+                comparison.add_signal(variant, seed, "learning rate", rates, by="epoch", scale="log")
                 losses = history["val_loss"]
-                comparison.add_signal(variant, seed, "validation loss", losses, by="epoch of training", scale="log")
+                comparison.add_signal(variant, seed, "validation loss", losses, by="epoch", scale="log")
     return comparison
 
 
