@@ -26,7 +26,7 @@ branches' shares of what the last layer receives and makes of them: before train
 1×1, though a quarter of the channels are its own. The shares are of this network alone: they say where the signal
 comes from, not what would be lost without a branch.
 
-Cost: an epoch takes 1.4 to 1.6 times as long as with 3×3 kernels, on two CPU cores, for many small convolutions use a
+Cost: an epoch takes about 1.4 times as long as with 3×3 kernels, on two CPU cores, for many small convolutions use a
 processor less well than a large one. Six widths for each module in the place of one. A rate of 0.03, which is only a
 little worse for the module, leads some of the plain networks to chance.
 

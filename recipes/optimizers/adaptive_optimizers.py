@@ -28,9 +28,9 @@ SGD's own runs vary most: that of Muon is 2.8 ± 4.5 points. In the search, thre
 points of validation accuracy, most with Muon and Adam, and a third of it 0.5 to 3.6, most with Lion and Muon.
 
 Cost: one or two numbers kept for each weight (the table has them; SGD keeps none, Muon one, and two for what it leaves
-to AdamW); up to a third more time for an epoch here, but four times as much with Muon, whose matrix products do not
-shrink with the batch. A learning rate must still be found, and it is not that of SGD. L2 in the loss is divided by √v̂
-as all of the gradient is: with Adam, use AdamW's decay.
+to AdamW); up to half more time for an epoch here (Nadam), but 2.7 times as much with Muon, whose matrix products do
+not shrink with the batch. A learning rate must still be found, and it is not that of SGD. L2 in the loss is divided by
+√v̂ as all of the gradient is: with Adam, use AdamW's decay.
 
 Source: Duchi et al., JMLR 12, 2011 (Adagrad); Tieleman and Hinton, lecture 6.5 of "Neural Networks for Machine
 Learning", 2012 (RMSprop); Kingma and Ba, ICLR 2015 (Adam, Adamax); Loshchilov and Hutter, ICLR 2019 (AdamW); Dozat,

@@ -15,11 +15,11 @@ Change: one argument of `fit` (its default is 32), and the learning rate that go
 Look for: accuracy for the same number of images seen, each batch size at its best learning rate. In 20 epochs the full
 batch makes 20 steps and reaches a test accuracy of 0.613; batches of 1024 make 160 (0.780), of 128 1260 (0.835), and of
 16 10,000 (0.838). Small batches also lead by the clock, to a point: batches of 128 reach a validation accuracy of 0.8
-after 1.1 seconds of training and those of 16 after 2.1 (medians); the two larger ones never do (inf). A batch's
+after 1.2 seconds of training and those of 16 after 2.5 (medians); the two larger ones never do (inf). A batch's
 gradient is a good enough guide, and what counts is the number of steps.
 
 Cost: an epoch takes longer the smaller its batches are, because each step has a cost of its own: 1.2 times that of the
-full batch with 1024, 1.7 times with 128, 5.5 times with 16, on two CPU cores. The learning rate has to be searched for
+full batch with 1024, 1.8 times with 128, 6 times with 16, on two CPU cores. The learning rate has to be searched for
 anew at each size: here the best are 0.1, 0.3, 0.1 and 0.01. Memory for activations is proportional to the size of the
 batch. At a constant rate the noise keeps the weights moving about the minimum: see the schedules.
 
