@@ -1,5 +1,6 @@
 """The texts made from the results: the gallery (`evidence/README.md`) and the tables in the project's README."""
 
+import importlib
 import inspect
 import json
 
@@ -31,7 +32,8 @@ def generated_files(root=ROOT):
     readme = _between_markers(readme, "symptoms", _symptoms(recipes))
     readme = _between_markers(readme, "effects", _effects(recipes))
     readme = _between_markers(readme, "callbacks", _callbacks())
-    readme = _between_markers(readme, "overhead", _overhead(root / "evidence" / "overhead.json"))
+    for name in ("overhead", "speed"):
+        readme = _between_markers(readme, name, _measured(root / "evidence" / f"{name}.json"))
     doctor = _training_doctor(root / "evidence" / "training_doctor.json")
     gallery = "\n".join([INTRODUCTION, *map(_section, recipes), doctor])
     return {root / "README.md": readme, root / "evidence" / "README.md": gallery}
@@ -87,14 +89,13 @@ def _callbacks():
     return "\n".join(lines)
 
 
-def _overhead(path):
+def _measured(path):
     if not path.exists():
         return "Nothing has been measured yet."
     # Here, because it imports TensorFlow.
-    from evidence.overhead import note, table
-
+    module = importlib.import_module(f"evidence.{path.stem}")
     result = json.loads(path.read_text(encoding="utf-8"))
-    return f"{_markdown_table(table(result))}\n\n{note(result)}"
+    return f"{_markdown_table(module.table(result))}\n\n{module.note(result)}"
 
 
 def _training_doctor(path):

@@ -28,6 +28,15 @@ def root(tmp_path):
     return tmp_path
 
 
+SPEED = {
+    "environment": RESULT["environment"],
+    "batch_size": 128,
+    "steps": 63,
+    "epochs": 5,
+    "speeds": {"dense": {"our fit": [2000, 3000, 4000], "loop by hand": [1000, 2000, 4000]}},
+}
+
+
 def readme(root):
     return generated_files(root)[root / "README.md"]
 
@@ -44,6 +53,14 @@ def test_costs_are_those_of_the_saved_measurement(root):
     assert readme(root) == text
     path.write_text(json.dumps(RESULT).replace("4.12", "4.16"))
     assert readme(root) != text
+
+
+def test_speeds_are_those_of_the_saved_measurement(root):
+    (root / "evidence" / "speed.json").write_text(json.dumps(SPEED))
+    text = readme(root)
+    assert "| network | our fit, images/s | relative to loop by hand |" in text
+    assert "| dense | 3,000 | 1.50 (1.00–2.00) |" in text
+    assert "Medians (quartiles) of 3 rounds of 5 epochs of 63 steps of 128 images; Keras 3.15.0" in text
 
 
 def test_every_callback_is_listed_with_the_first_line_of_its_docstring(root):

@@ -1,0 +1,186 @@
+"""Measure how fast our `fit` trains: `python -m evidence.speed` (TensorFlow, some five minutes on a quiet machine).
+
+For a dense and a convolutional network of the recipes, three ways of training take turns in one process: `fit` as
+the recipe bag_of_tricks calls it, with many steps an execution; `fit` with Keras's default settings; and a loop written
+by hand around a `tf.function`. All have the same batches of images from memory, shuffled anew in each epoch, the same
+optimizer and the same metrics. A turn is a training of some epochs by a model that has been trained, and so compiled,
+before. A ratio is that of two speeds of one round; shown is the median over rounds.
+"""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated
+
+import cyclopts
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from callbacks.comparison import environment, write_whole
+from evidence.recipes import ROOT
+
+RESULT = ROOT / "evidence" / "speed.json"
+
+BATCH_SIZE = 128
+STEPS = 63  # of an epoch of the 8,000 embedded training images
+EPOCHS = 5  # of a turn
+OURS = "our fit"
+
+
+def dense_network():
+    """Return three dense layers of 100 units, as in the recipe adaptive_optimizers, and the head."""
+    return keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            layers.Rescaling(1 / 255),
+            layers.Flatten(),
+            *(layers.Dense(100, activation="relu", kernel_initializer="he_normal") for _ in range(3)),
+            layers.Dense(10),
+        ]
+    )
+
+
+def convolutional_network():
+    """Return the network that tutorials teach, as in the recipe bag_of_tricks."""
+    return keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            layers.Rescaling(1 / 255),
+            layers.Conv2D(32, 3, activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(64, 3, activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Flatten(),
+            layers.Dropout(0.5),
+            layers.Dense(10),
+        ]
+    )
+
+
+NETWORKS = {"dense": dense_network, "convolutional": convolutional_network}
+
+
+def by_fit(model, images, labels, **settings):
+    """Return a function that trains the model for some epochs by `fit`, with more settings for `compile`."""
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer="adam", loss=loss, metrics=["accuracy"], **settings)
+    return lambda epochs: model.fit(images, labels, batch_size=BATCH_SIZE, epochs=epochs, verbose=0)
+
+
+def by_hand(model, images, labels):
+    """Return a function that trains the model for some epochs by a loop around a `tf.function`."""
+    optimizer = keras.optimizers.Adam()
+    optimizer.build(model.trainable_variables)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    metrics = [keras.metrics.Mean(), keras.metrics.SparseCategoricalAccuracy()]
+    data = tf.data.Dataset.from_tensor_slices((images, labels)).shuffle(len(images)).batch(BATCH_SIZE)
+    data = data.prefetch(tf.data.AUTOTUNE)
+
+    @tf.function
+    def step(inputs, targets):
+        with tf.GradientTape() as tape:
+            logits = model(inputs, training=True)
+            value = loss(targets, logits)
+        optimizer.apply(tape.gradient(value, model.trainable_variables), model.trainable_variables)
+        metrics[0].update_state(value)
+        metrics[1].update_state(targets, logits)
+
+    def train(epochs):
+        for _ in range(epochs):
+            for metric in metrics:
+                metric.reset_state()
+            for batch in data:
+                step(*batch)
+
+    return train
+
+
+def contenders(network, images, labels):
+    """Return {name: function that trains its own model of the network for some epochs}."""
+    return {
+        OURS: by_fit(NETWORKS[network](), images, labels, steps_per_execution=STEPS),
+        "fit, default settings": by_fit(NETWORKS[network](), images, labels),
+        "loop by hand": by_hand(NETWORKS[network](), images, labels),
+    }
+
+
+def measure(network, rounds):
+    """Return {name: images per second in each round}, after a turn of each that compiles."""
+    generator = np.random.default_rng(0)
+    count = STEPS * BATCH_SIZE
+    images = generator.integers(0, 256, (count, 28, 28, 1), dtype=np.uint8)
+    labels = generator.integers(0, 10, count)
+    contending = contenders(network, images, labels)
+    for train in contending.values():
+        train(1)
+    speeds = {name: [] for name in contending}
+    for _ in track(range(rounds), network, console=Console(stderr=True), transient=True):
+        for name, train in contending.items():
+            start = time.perf_counter()
+            train(EPOCHS)
+            speeds[name].append(round(EPOCHS * count / (time.perf_counter() - start)))
+    return speeds
+
+
+def summarise(speeds):
+    """Return {name: (median, lower and upper quartile) of how many times as fast our `fit` is}."""
+    return {
+        name: (statistics.median(ratios), *statistics.quantiles(ratios, n=4)[::2])
+        for name, values in speeds.items()
+        if name != OURS
+        for ratios in [[ours / other for ours, other in zip(speeds[OURS], values, strict=True)]]
+    }
+
+
+def table(result):
+    """Return a saved result as a dict from a column's title to its cells."""
+    columns = {"network": list(result["speeds"]), f"{OURS}, images/s": []}
+    for speeds in result["speeds"].values():
+        columns[f"{OURS}, images/s"].append(f"{statistics.median(speeds[OURS]):,.0f}")
+        for name, ratio in summarise(speeds).items():
+            columns.setdefault(f"relative to {name}", []).append("{:.2f} ({:.2f}–{:.2f})".format(*ratio))
+    return columns
+
+
+def note(result):
+    """Return in words what a saved result was measured on."""
+    environment, rounds = result["environment"], len(next(iter(result["speeds"].values()))[OURS])
+    return (
+        f"Medians (quartiles) of {rounds} rounds of {result['epochs']} epochs of {result['steps']} steps of "
+        f"{result['batch_size']} images; Keras {environment['keras']} on {environment['backend']}, Python "
+        f"{environment['python']}; {environment['processor']}."
+    )
+
+
+AtLeastTwo = Annotated[int, cyclopts.Parameter(validator=cyclopts.validators.Number(gte=2))]
+
+
+def main(*, rounds: AtLeastTwo = 15, save: Path = RESULT):
+    """Measure how fast three ways of training are. `python -m evidence` puts the result into the README.
+
+    Args:
+        rounds: turns of each way; quartiles need two.
+        save: JSON file that receives the result.
+    """
+    result = {"environment": environment(), "batch_size": BATCH_SIZE, "steps": STEPS, "epochs": EPOCHS}
+    result["speeds"] = {network: measure(network, rounds) for network in NETWORKS}
+    shown = Table(title="Images per second of our fit, and how many times as fast as others it is")
+    columns = table(result)
+    for title in columns:
+        shown.add_column(title)
+    for cells in zip(*columns.values(), strict=True):
+        shown.add_row(*cells)
+    console = Console()
+    console.print(shown)
+    console.print(note(result), style="dim", highlight=False)
+    write_whole(save, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    cyclopts.run(main)
