@@ -22,7 +22,7 @@ widest; with 2,000 it is 20, 14, 7 and 4; with 8,000 only the widest gets there,
 to 4 points of test accuracy at every width; four times the width gains 9 points once, and then 1.1 and 0.4 (all
 images).
 
-Cost: parameters and operations grow with the width (256 units take 1.9 times as long as 4 for an epoch here, for much
+Cost: parameters and operations grow with the width (256 units take 1.5 times as long as 4 for an epoch here, for much
 of an epoch does not depend on the width). Each number of images is trained for the same number of steps: an epoch shows
 8,000 images, and a smaller set is repeated to that number. With equal numbers of passes the small sets would have fewer
 steps, and would look as though they overfitted less.
