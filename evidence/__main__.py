@@ -13,7 +13,7 @@ from cyclopts.types import PositiveInt
 
 from callbacks.comparison import write_whole
 from evidence.gallery import generated_files
-from evidence.recipes import ROOT, digest, find_recipes, result_path, why_stale
+from evidence.recipes import ROOT, digest, find_recipes, measurements, why_stale
 
 
 def known_recipe(_, name):
@@ -43,19 +43,23 @@ def main(
     """
     names = {Path(name).stem for name in recipes}
     chosen = [recipe for recipe in find_recipes(ROOT) if not names or recipe.stem in names]
-    # Names of the recipes that are still to be measured by force, for the next call in case this one is interrupted.
+    results = {path: (recipe, flags) for recipe in chosen for path, flags in measurements(recipe).items()}
+    # Names of the results that are still to be measured by force, for the next call in case this one is interrupted.
     forced_path = ROOT / "evidence" / ".forced"
     forced = set(forced_path.read_text(encoding="utf-8").split()) if forced_path.exists() else set()
     if force:
-        forced |= {recipe.stem for recipe in chosen}
-    stale = {recipe: "forced" if recipe.stem in forced else why_stale(recipe, seeds) for recipe in chosen}
-    stale = {recipe: reason for recipe, reason in stale.items() if reason}
+        forced |= {path.stem for path in results}
+    stale = {
+        path: "forced" if path.stem in forced else why_stale(recipe, path, seeds)
+        for path, (recipe, _) in results.items()
+    }
+    stale = {path: reason for path, reason in stale.items() if reason}
     if check:
         outdated = [
             path for path, text in generated_files(ROOT).items() if not path.exists() or path.read_text("utf-8") != text
         ]
-        for recipe, reason in stale.items():
-            print(f"{recipe.relative_to(ROOT)}: {reason}")
+        for path, reason in stale.items():
+            print(f"{command(*results[path])}: {reason}")
         for path in outdated:
             print(f"{path.relative_to(ROOT)}: its generated text differs from the results and cards")
         if stale or outdated:
@@ -66,34 +70,39 @@ def main(
     if force:
         write_whole(forced_path, "\n".join(sorted(forced)))
     start = time.monotonic()
-    for number, (recipe, reason) in enumerate(stale.items(), start=1):
+    for number, (path, reason) in enumerate(stale.items(), start=1):
+        recipe, flags = results[path]
         minutes = (time.monotonic() - start) / 60
-        print(f"[{number}/{len(stale)}, after {minutes:.0f} min] {recipe.relative_to(ROOT)}: {reason}", flush=True)
-        measure(recipe, seeds)
-        forced.discard(recipe.stem)
+        print(f"[{number}/{len(stale)}, after {minutes:.0f} min] {command(recipe, flags)}: {reason}", flush=True)
+        measure(recipe, path, flags, seeds)
+        forced.discard(path.stem)
         write_whole(forced_path, "\n".join(sorted(forced)))
     if not forced:
         forced_path.unlink(missing_ok=True)
     for path, text in generated_files(ROOT).items():
         write_whole(path, text)
-    print(f"{len(stale)} measured, {len(chosen) - len(stale)} fresh; the gallery is evidence/README.md.")
+    print(f"{len(stale)} measured, {len(results) - len(stale)} fresh; the gallery is evidence/README.md.")
     return 0
 
 
-def measure(recipe, seeds):
-    """Run a recipe as a script, and put its picture and then its result in the place of the old ones.
+def command(recipe, flags):
+    """Return what to type after `python` to run a recipe."""
+    return " ".join([str(recipe.relative_to(ROOT)), *flags])
+
+
+def measure(recipe, path, flags, seeds):
+    """Run a recipe as a script, and put its result at `path`, in the place of the old one, and its picture beside it.
 
     Raises:
         SystemExit: the script failed; with its exit code. The old result stays.
     """
-    path = result_path(recipe)
     path.parent.mkdir(exist_ok=True)
     code = digest(recipe)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".running-") as folder:
         new = Path(folder) / path.name
-        process = subprocess.run([sys.executable, recipe, "--seeds", str(seeds), "--save", new], cwd=ROOT)
+        process = subprocess.run([sys.executable, recipe, *flags, "--seeds", str(seeds), "--save", new], cwd=ROOT)
         if process.returncode:
-            print(f"{recipe.relative_to(ROOT)} failed; its old result stays as it was.", file=sys.stderr)
+            print(f"{command(recipe, flags)} failed; its old result stays as it was.", file=sys.stderr)
             raise SystemExit(process.returncode)
         result = {"recipe": str(recipe.relative_to(ROOT)), "digest": code} | json.loads(new.read_text(encoding="utf-8"))
         new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

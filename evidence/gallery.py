@@ -6,7 +6,7 @@ import json
 
 import callbacks
 from callbacks import Comparison
-from evidence.recipes import ROOT, find_recipes, read_card, result_path
+from evidence.recipes import ROOT, find_recipes, measurements, read_card
 
 INTRODUCTION = """# Measured effects
 
@@ -58,15 +58,13 @@ def _symptoms(recipes):
 
 def _effects(recipes):
     rows, pictures = [], []
-    for recipe in recipes:
-        name, comparison = read_card(recipe)["Name"], _result(recipe)
-        if comparison is None:
-            continue
+    for recipe, path, flags in _results(recipes):
+        name, comparison = read_card(recipe)["Name"], Comparison.load(path)
         summary, table = comparison.summary(), comparison.table()
         for index, row in enumerate(summary[1:], start=1):
             rows.append(
                 {
-                    "recipe": f"[{name}]({_relative(recipe)})",
+                    "recipe": " ".join([f"[{name}]({_relative(recipe)})", *flags]),
                     "variant": row["variant"],
                     "against": comparison.baseline,
                     "figure": f"{comparison.split} {comparison.metric}",
@@ -74,7 +72,7 @@ def _effects(recipes):
                     "verdict": row["verdict"] or "–",
                 }
             )
-        pictures.append(f"![{name}: curves and differences]({_relative(result_path(recipe).with_suffix('.svg'))})")
+        pictures.append(f"![{' '.join([name, *flags])}: curves and differences]({_relative(path.with_suffix('.svg'))})")
     if not rows:
         return "Nothing has been measured yet."
     return "\n\n".join([_markdown_table({title: [row[title] for row in rows] for title in rows[0]}), *pictures])
@@ -120,27 +118,28 @@ at chance. Keras {environment["keras"]} on {environment["backend"]}, Python {env
 
 
 def _section(recipe):
-    card, comparison = read_card(recipe), _result(recipe)
-    head = f"## {card['Name']}\n\n{card['Name']} {card['Summary']}\n\n*Symptom:* {_one_line(card['Symptom'])}\n"
-    if comparison is None:
-        return f"{head}\nNot measured yet.\n"
-    seeds = comparison.summary()[0]["seeds"]
-    environment = comparison.environment
-    return f"""{head}
-    python {_relative(recipe)} --seeds {seeds}
+    card = read_card(recipe)
+    parts = [f"## {card['Name']}", f"{card['Name']} {card['Summary']}", f"*Symptom:* {_one_line(card['Symptom'])}"]
+    for _, path, flags in _results([recipe]):
+        comparison = Comparison.load(path)
+        seeds = comparison.summary()[0]["seeds"]
+        settings = ", ".join(f"{name} {value}" for name, value in comparison.settings.items() if value is not None)
+        environment = comparison.environment
+        parts += [
+            f"    python {' '.join([_relative(recipe), *flags])} --seeds {seeds}",
+            _markdown_table(comparison.table()),
+            f"![{card['Name']}: curves and differences]({path.parent.name}/{path.stem}.svg)",
+            f"{seeds} seeds; {settings}.\nKeras {environment['keras']} on {environment['backend']}, "
+            f"Python {environment['python']}; {environment['processor']}.",
+        ]
+    return "\n\n".join(parts if len(parts) > 3 else [*parts, "Not measured yet."]) + "\n"
 
-{_markdown_table(comparison.table())}
 
-![{card["Name"]}: curves and differences]({recipe.parent.name}/{recipe.stem}.svg)
-
-{seeds} seeds; {", ".join(f"{name} {value}" for name, value in comparison.settings.items() if value is not None)}.
-Keras {environment["keras"]} on {environment["backend"]}, Python {environment["python"]}; {environment["processor"]}.
-"""
-
-
-def _result(recipe):
-    path = result_path(recipe)
-    return Comparison.load(path) if path.exists() else None
+def _results(recipes):
+    """Return (recipe, path of the JSON file, flags that made it) for each result that there is."""
+    return [
+        (recipe, path, flags) for recipe in recipes for path, flags in measurements(recipe).items() if path.exists()
+    ]
 
 
 def _markdown_table(columns):

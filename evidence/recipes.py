@@ -19,7 +19,11 @@ THEMES = [
     "optimizers",
     "schedules",
     "architectures",
+    "combined",
 ]
+
+# What is measured of a recipe beside its default run: the name of the result, and the flags that make it.
+FURTHER = {"bag_of_tricks": {"ablation": ["--ablate"], "full": ["--dataset", "fashion_mnist_full"]}}
 
 LABELS = ["Symptom", "Technique", "Change", "Look for", "Cost", "Source"]
 
@@ -55,9 +59,16 @@ def read_card(recipe):
 
 
 def result_path(recipe):
-    """Return the path of the JSON file that holds a recipe's result; the picture is beside it."""
+    """Return the path of the JSON file that holds the result of a recipe's default run; the picture is beside it."""
     root = recipe.parent.parent.parent
     return root / "evidence" / recipe.parent.name / f"{recipe.stem}.json"
+
+
+def measurements(recipe):
+    """Return {path of the JSON file that holds a result: the flags that make it}, with the default run's first."""
+    path = result_path(recipe)
+    further = FURTHER.get(recipe.stem, {})
+    return {path: []} | {path.with_name(f"{path.stem}.{name}.json"): flags for name, flags in further.items()}
 
 
 def digest(recipe):
@@ -70,9 +81,8 @@ def digest(recipe):
     return hashlib.sha256("\n".join(repr(_code(file)) for file in files).encode()).hexdigest()
 
 
-def why_stale(recipe, seeds):
-    """Return in words why a recipe must be measured again for a result of `seeds` seeds, or None if it need not be."""
-    path = result_path(recipe)
+def why_stale(recipe, path, seeds):
+    """Return in words why the result at `path` must be measured again for `seeds` seeds, or None if it need not be."""
     if not path.exists():
         return "it has no result"
     if not path.with_suffix(".svg").exists():

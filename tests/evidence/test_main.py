@@ -9,7 +9,7 @@ import cyclopts
 import pytest
 
 from callbacks import Comparison
-from evidence import __main__
+from evidence import __main__, recipes
 from evidence.recipes import ROOT
 
 RECIPE = '''"""Quick: it adds figures without training.
@@ -34,12 +34,13 @@ from callbacks import Comparison
 parser = argparse.ArgumentParser()
 parser.add_argument("--seeds", type=int)
 parser.add_argument("--save")
+parser.add_argument("--gain", type=float, default=0.125)
 arguments = parser.parse_args()
 
 with Comparison(baseline="off", metric="accuracy", save=arguments.save, settings={"epochs": 3}) as comparison:
     for seed in range(arguments.seeds):
         comparison.add("off", seed, {"accuracy": 0.5 + 0.01 * seed})
-        comparison.add("on", seed, {"accuracy": 0.625 + 0.011 * seed})
+        comparison.add("on", seed, {"accuracy": 0.5 + arguments.gain + 0.011 * seed})
 '''
 
 
@@ -117,13 +118,27 @@ def test_stale_recipes_are_measured_and_everything_is_made_from_the_results(proj
     assert "1 measured, 0 fresh" in output
 
 
+def test_further_results_of_a_recipe_are_made_with_their_flags(project, evidence, monkeypatch):
+    monkeypatch.setattr(recipes, "FURTHER", {"quick": {"large": ["--gain", "0.25"]}})
+    assert "quick.py --gain 0.25: it has no result" in evidence("--check")[1]
+    assert "2 measured, 0 fresh" in evidence("quick")[1]
+    for name, gain in (("quick", 0.125), ("quick.large", 0.25)):
+        (_, row) = Comparison.load(result(project).with_name(f"{name}.json")).summary()
+        assert row["difference"] == pytest.approx(gain + 0.002)
+        assert f"numerics/{name}.svg" in (project / "README.md").read_text()
+        assert f"numerics/{name}.svg" in (project / "evidence" / "README.md").read_text()
+    assert "quick.py --gain 0.25 --seeds 5" in (project / "evidence" / "README.md").read_text()
+    change(project, "0.011", "0.012")
+    assert "quick.py --gain 0.25: its code has changed" in evidence("--check")[1]
+
+
 def test_check_names_a_recipe_whose_code_has_changed_but_not_one_whose_docstring_has(project, evidence):
     assert evidence()[0] == 0
-    change(project, "0.625", "0.725")
+    change(project, "0.125", "0.225")
     code, output = evidence("--check")
     assert code == 1
     assert "recipes/numerics/quick.py: its code has changed" in output
-    change(project, "0.725", "0.625")
+    change(project, "0.225", "0.125")
     change(project, "Look for: d.", "Look for: something else.")
     assert evidence("--check")[0] == 0
 

@@ -146,15 +146,15 @@ def test_digest_covers_the_callbacks_that_a_recipe_imports(tmp_path):
 def test_staleness_is_explained(recipe):
     path = result_path(recipe)
     assert path == recipe.parent.parent.parent / "evidence" / "numerics" / "name.json"
-    assert why_stale(recipe, seeds=2) == "it has no result"
+    assert why_stale(recipe, path, seeds=2) == "it has no result"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"digest": digest(recipe), "runs": [{"seed": 0}, {"seed": 1}, {"seed": 1}]}))
-    assert why_stale(recipe, seeds=2) == "its picture is missing"
+    assert why_stale(recipe, path, seeds=2) == "its picture is missing"
     path.with_suffix(".svg").touch()
-    assert why_stale(recipe, seeds=2) is None
-    assert why_stale(recipe, seeds=3) == "its result has 2 seeds, not 3"
+    assert why_stale(recipe, path, seeds=2) is None
+    assert why_stale(recipe, path, seeds=3) == "its result has 2 seeds, not 3"
     changed(recipe, "0.5", "0.6")
-    assert why_stale(recipe, seeds=2) == "its code has changed since it was measured"
+    assert why_stale(recipe, path, seeds=2) == "its code has changed since it was measured"
 
 
 def test_real_recipe_can_be_read_in_a_copy(tmp_path):

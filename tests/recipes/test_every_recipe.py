@@ -21,7 +21,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from evidence.gallery import generated_files
-from evidence.recipes import ROOT, find_recipes, read_card, why_stale
+from evidence.recipes import ROOT, find_recipes, measurements, read_card, why_stale
 from tests.conftest import forget_programs, load_module
 
 LIMIT = 64
@@ -220,13 +220,13 @@ def test_imports_nothing_else_of_this_project_and_no_backend(recipe):
 
 
 class Colour(tfds.core.GeneratorBasedBuilder):
-    """9 × 11 colour images of 3 classes."""
+    """10 × 11 colour images of 3 classes."""
 
     VERSION = tfds.core.Version("1.0.0")
     SUPERVISED_KEYS = ("image", "label")
 
     def _info(self):
-        features = {"image": tfds.features.Image(shape=(9, 11, 3)), "label": tfds.features.ClassLabel(num_classes=3)}
+        features = {"image": tfds.features.Image(shape=(10, 11, 3)), "label": tfds.features.ClassLabel(num_classes=3)}
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=self.SUPERVISED_KEYS
         )
@@ -237,7 +237,7 @@ class Colour(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, count):
         generator = np.random.default_rng(count)
         for index in range(count):
-            yield index, {"image": generator.integers(0, 256, (9, 11, 3), dtype=np.uint8), "label": index % 3}
+            yield index, {"image": generator.integers(0, 256, (10, 11, 3), dtype=np.uint8), "label": index % 3}
 
 
 class Unlabelled(Colour):
@@ -340,7 +340,8 @@ def test_card_is_complete(recipe):
 
 @same_on_all_backends
 def test_result_is_fresh(recipe):
-    assert why_stale(recipe, seeds=5) is None
+    for path in measurements(recipe):
+        assert why_stale(recipe, path, seeds=5) is None
 
 
 @same_on_all_backends
