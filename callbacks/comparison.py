@@ -522,6 +522,9 @@ class Comparison:
             axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for position, panel in enumerate(panels):
             table = pandas.DataFrame(panel["points"], columns=["variant", panel["by"], "value"])
+            # A curve ends where most of its runs have, for the mean and interval of the few that go on mislead.
+            counts = table.groupby(["variant", panel["by"]])["value"].transform("size")
+            table = table[2 * counts >= counts.groupby(table["variant"]).transform("max")]
             seaborn.lineplot(
                 table,
                 x=panel["by"],

@@ -439,6 +439,15 @@ def test_signal_named_like_a_curve_has_a_panel_of_its_own():
     np.testing.assert_allclose(curve.lines[0].get_ydata(), [0.2, 0.9])
 
 
+def test_curve_ends_where_most_of_its_runs_have():
+    result = with_figures({"a": [0.5, 0.6, 0.7, 0.8]})
+    for run, length in zip(result.runs, (5, 4, 3, 3), strict=True):
+        run["curve"] = {"val_accuracy": [0.1 * run["seed"] + 0.01 * epoch for epoch in range(length)]}
+    curve, _ = result._figure().axes
+    np.testing.assert_allclose(curve.lines[0].get_xdata(), [1, 2, 3, 4])
+    np.testing.assert_allclose(curve.lines[0].get_ydata(), [0.15, 0.16, 0.17, 0.08])
+
+
 def test_progress_counts_runs_that_no_fit_produces():
     with new_comparison(runs=2) as result:
         result.add("a", 0, {"accuracy": 0.5})
