@@ -7,7 +7,6 @@ without a callback, the median over epochs; the null control is a second model w
 """
 
 import json
-import statistics
 import threading
 import time
 from pathlib import Path
@@ -19,11 +18,11 @@ import tensorflow as tf
 from cyclopts.types import PositiveInt
 from keras import layers
 from rich.console import Console
-from rich.table import Table
 
 import callbacks
 from callbacks.comparison import environment, write_whole
 from evidence.recipes import ROOT
+from evidence.tables import median_and_quartiles, rich_table
 
 RESULT = ROOT / "evidence" / "overhead.json"
 
@@ -194,11 +193,7 @@ def summarise(seconds):
         name: [own / base for own, base in zip(times, seconds[BASELINE], strict=True)]
         for name, times in seconds.items()
     }
-    return {
-        name: (statistics.median(values), *statistics.quantiles(values, n=4)[::2])
-        for name, values in ratios.items()
-        if name != BASELINE
-    }
+    return {name: median_and_quartiles(values) for name, values in ratios.items() if name != BASELINE}
 
 
 def table(result):
@@ -235,13 +230,7 @@ def main(*, epochs: PositiveInt = 30, save: Path = RESULT):
             with console.status(f"{network} network, jit_compile={jit_compile}"):
                 result["kinds"], seconds = measure(network, jit_compile, epochs)
             result["seconds"].append({"network": network, "jit_compile": jit_compile, "epochs": seconds})
-    columns = table(result)
-    shown = Table(title="Time relative to no callback: median (quartiles)")
-    for title in columns:
-        shown.add_column(title, no_wrap=title == "callback")
-    for cells in zip(*columns.values(), strict=True):
-        shown.add_row(*cells)
-    console.print(shown)
+    console.print(rich_table("Time relative to no callback: median (quartiles)", table(result)))
     console.print(note(result), style="dim", highlight=False)
     write_whole(save, json.dumps(result, indent=1) + "\n")
 

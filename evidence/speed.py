@@ -1,10 +1,10 @@
 """Measure how fast our `fit` trains: `python -m evidence.speed` (TensorFlow, some five minutes on a quiet machine).
 
-For a dense and a convolutional network of the recipes, three ways of training take turns in one process: `fit` as
-the recipe bag_of_tricks calls it, with many steps an execution; `fit` with Keras's default settings; and a loop written
-by hand around a `tf.function`. All have the same batches of images from memory, shuffled anew in each epoch, the same
-optimizer and the same metrics. A turn is a training of some epochs by a model that has been trained, and so compiled,
-before. A ratio is that of two speeds of one round; shown is the median over rounds.
+For a dense and a convolutional network, three ways of training take turns in one process: `fit` with as many steps an
+execution as an epoch has; `fit` with Keras's default settings; and a loop written by hand around a `tf.function`. All
+have the same batches of images from memory, shuffled anew in each epoch, the same optimizer and the same metrics. A
+turn is a training of some epochs by a model that has been trained, and so compiled, before. A ratio is that of two
+speeds of one round; shown is the median over rounds.
 """
 
 import json
@@ -20,10 +20,10 @@ import tensorflow as tf
 from keras import layers
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from callbacks.comparison import environment, write_whole
 from evidence.recipes import ROOT
+from evidence.tables import median_and_quartiles, rich_table
 
 RESULT = ROOT / "evidence" / "speed.json"
 
@@ -47,7 +47,7 @@ def dense_network():
 
 
 def convolutional_network():
-    """Return the network that tutorials teach, as in the recipe bag_of_tricks."""
+    """Return the network of two convolutions that tutorials teach."""
     return keras.Sequential(
         [
             keras.Input((28, 28, 1)),
@@ -131,10 +131,9 @@ def measure(network, rounds):
 def summarise(speeds):
     """Return {name: (median, lower and upper quartile) of how many times as fast our `fit` is}."""
     return {
-        name: (statistics.median(ratios), *statistics.quantiles(ratios, n=4)[::2])
+        name: median_and_quartiles([ours / other for ours, other in zip(speeds[OURS], values, strict=True)])
         for name, values in speeds.items()
         if name != OURS
-        for ratios in [[ours / other for ours, other in zip(speeds[OURS], values, strict=True)]]
     }
 
 
@@ -170,14 +169,8 @@ def main(*, rounds: AtLeastTwo = 15, save: Path = RESULT):
     """
     result = {"environment": environment(), "batch_size": BATCH_SIZE, "steps": STEPS, "epochs": EPOCHS}
     result["speeds"] = {network: measure(network, rounds) for network in NETWORKS}
-    shown = Table(title="Images per second of our fit, and how many times as fast as others it is")
-    columns = table(result)
-    for title in columns:
-        shown.add_column(title)
-    for cells in zip(*columns.values(), strict=True):
-        shown.add_row(*cells)
     console = Console()
-    console.print(shown)
+    console.print(rich_table("Images per second of our fit, and how many times as fast as others it is", table(result)))
     console.print(note(result), style="dim", highlight=False)
     write_whole(save, json.dumps(result, indent=1) + "\n")
 

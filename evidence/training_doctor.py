@@ -17,11 +17,11 @@ from cyclopts.types import NonNegativeInt, PositiveInt
 from keras import layers
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from callbacks import TrainingDoctor
 from callbacks.comparison import environment, write_whole
 from evidence.recipes import ROOT
+from evidence.tables import rich_table
 
 RESULT = ROOT / "evidence" / "training_doctor.json"
 
@@ -169,11 +169,7 @@ def main(*, first_seed: NonNegativeInt = 40, seeds: PositiveInt = 20, save: Path
         doctor = train(kind, seed, *data)
         found = [finding.name for finding in doctor.findings]
         result["runs"].append({"kind": kind, "seed": seed, "findings": found, "signs": doctor.signs})
-    columns = table(result)
-    shown = Table(*columns, title="What TrainingDoctor found")
-    for cells in zip(*columns.values(), strict=True):
-        shown.add_row(*cells)
-    Console().print(shown)
+    Console().print(rich_table("What TrainingDoctor found", table(result)))
     write_whole(save, json.dumps(json.loads(json.dumps(result), parse_constant=str), indent=1) + "\n")
 
 

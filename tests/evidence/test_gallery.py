@@ -21,13 +21,6 @@ RESULT = {
 }
 
 
-@pytest.fixture
-def root(tmp_path):
-    (tmp_path / "evidence").mkdir()
-    shutil.copy(ROOT / "README.md", tmp_path)
-    return tmp_path
-
-
 SPEED = {
     "environment": RESULT["environment"],
     "batch_size": 128,
@@ -35,6 +28,13 @@ SPEED = {
     "epochs": 5,
     "speeds": {"dense": {"our fit": [2000, 3000, 4000], "loop by hand": [1000, 2000, 4000]}},
 }
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "evidence").mkdir()
+    shutil.copy(ROOT / "README.md", tmp_path)
+    return tmp_path
 
 
 def readme(root):
