@@ -13,7 +13,7 @@ from cyclopts.types import PositiveInt
 
 from callbacks.comparison import write_whole
 from evidence.gallery import generated_files
-from evidence.recipes import ROOT, digest, find_recipes, measurements, why_stale
+from evidence.recipes import ROOT, digest, find_recipes, measurements, unprepared_dataset, why_stale
 
 
 def known_recipe(_, name):
@@ -33,7 +33,8 @@ def main(
 
     A result is stale when the recipe's code, or that of a callback it imports, has changed since it was measured;
     comments and docstrings do not count. When the command is interrupted, the results that it finished stay, and the
-    next call goes on from there, also with what `--force` has left to do.
+    next call goes on from there, also with what `--force` has left to do. Results on a data set that has not been
+    prepared are skipped.
 
     Args:
         recipes: names of recipes, such as `dropout`; all of them if none is given.
@@ -69,6 +70,12 @@ def main(
         return 0
     if force:
         write_whole(forced_path, "\n".join(sorted(forced)))
+    skipped = {path: name for path in stale if (name := unprepared_dataset(results[path][1], ROOT))}
+    for path, name in skipped.items():
+        print(
+            f"Skipped: {command(*results[path])}: data/ has no {name}; `python data/fashion_mnist.py --full` makes it."
+        )
+        del stale[path]
     start = time.monotonic()
     for number, (path, reason) in enumerate(stale.items(), start=1):
         recipe, flags = results[path]
@@ -81,7 +88,9 @@ def main(
         forced_path.unlink(missing_ok=True)
     for path, text in generated_files(ROOT).items():
         write_whole(path, text)
-    print(f"{len(stale)} measured, {len(results) - len(stale)} fresh; the gallery is evidence/README.md.")
+    fresh = len(results) - len(stale) - len(skipped)
+    counts = f"{len(stale)} measured, {fresh} fresh" + f", {len(skipped)} skipped" * bool(skipped)
+    print(f"{counts}; the gallery is evidence/README.md.")
     return 0
 
 

@@ -96,6 +96,12 @@ def why_stale(recipe, path, seeds):
     return None
 
 
+def unprepared_dataset(flags, root=ROOT):
+    """Return the name of the data set that a recipe's flags ask for if `root`/data does not hold it, else None."""
+    name = dict(zip(flags, flags[1:], strict=False)).get("--dataset")
+    return None if name is None or (root / "data" / name).is_dir() else name
+
+
 def _imported_callbacks(recipe):
     """Return the files of the callbacks that a recipe imports, directly or through another callback, in order."""
     folder = recipe.parent.parent.parent / "callbacks"

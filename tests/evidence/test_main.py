@@ -34,6 +34,7 @@ from callbacks import Comparison
 parser = argparse.ArgumentParser()
 parser.add_argument("--seeds", type=int)
 parser.add_argument("--save")
+parser.add_argument("--dataset")
 parser.add_argument("--gain", type=float, default=0.125)
 arguments = parser.parse_args()
 
@@ -130,6 +131,17 @@ def test_further_results_of_a_recipe_are_made_with_their_flags(project, evidence
     assert "quick.py --gain 0.25 --seeds 5" in (project / "evidence" / "README.md").read_text()
     change(project, "0.011", "0.012")
     assert "quick.py --gain 0.25: its code has changed" in evidence("--check")[1]
+
+
+def test_result_on_a_data_set_that_is_not_prepared_is_skipped_and_said_to_be(project, evidence, monkeypatch):
+    monkeypatch.setattr(recipes, "FURTHER", {"quick": {"full": ["--dataset", "large"]}})
+    code, output = evidence()
+    assert code == 0
+    assert "Skipped: recipes/numerics/quick.py --dataset large: data/ has no large" in output
+    assert "1 measured, 0 fresh, 1 skipped" in output
+    assert evidence("--check")[0] == 1
+    (project / "data" / "large").mkdir(parents=True)
+    assert "1 measured, 1 fresh;" in evidence()[1]
 
 
 def test_check_names_a_recipe_whose_code_has_changed_but_not_one_whose_docstring_has(project, evidence):
