@@ -191,6 +191,13 @@ def trained(request, recipe):
     return found, comparison, request.param
 
 
+def test_the_two_views_have_rows_of_their_own_but_not_in_the_ablation(recipe, trained):
+    _, comparison, ablate = trained
+    rows = {row["variant"] for row in comparison.summary()}
+    views = {"combined, 1/5 time, 2 views", "combined, 2 views"}
+    assert rows == (set(recipe.ABLATION) if ablate else {"tutorial", "combined, 1/5 time", "combined"} | views)
+
+
 def test_variants_train_for_their_share_of_the_epochs(recipe, trained):
     found, comparison, ablate = trained
     shares = dict.fromkeys(recipe.ABLATION, 18)
