@@ -63,8 +63,6 @@ def evidence(project, monkeypatch, capfd):
     """Return a function that runs the command in the project, and gives its exit code and what it printed."""
     monkeypatch.setattr(__main__, "ROOT", project)
     monkeypatch.setenv("PYTHONPATH", str(project))
-    # The backend that is imported in the shortest time: the recipe does not use it.
-    monkeypatch.setenv("KERAS_BACKEND", "numpy")
 
     def run(*arguments):
         try:
