@@ -1,4 +1,4 @@
-"""Measure how fast our `fit` trains: `python -m evidence.speed` (TensorFlow, some five minutes on a quiet machine).
+"""Measure how fast our `fit` trains: `python -m evidence.speed` (TensorFlow, some seven minutes on a quiet machine).
 
 For a dense and a convolutional network, four ways of training take turns in one process: `fit` with as many steps an
 execution as an epoch has, on batches that `tf.data` makes without its automatic tuning, for whose thread the end of an
@@ -118,11 +118,12 @@ def by_hand(model, data):
 def contenders(network, images, labels):
     """Return {name: function that trains its own model of the network for some epochs}."""
     make = NETWORKS[network]
-    arrays = {"x": images, "y": labels, "batch_size": BATCH_SIZE}
+    data = batches(images, labels)
+    shuffled, arrays = {"x": data, "shuffle": False}, {"x": images, "y": labels, "batch_size": BATCH_SIZE}
     return {
-        OURS: by_fit(make(), {"x": batches(images, labels), "shuffle": False}, steps_per_execution=STEPS),
-        "one step an execution": by_fit(make(), {"x": batches(images, labels), "shuffle": False}),
-        "loop by hand": by_hand(make(), batches(images, labels)),
+        OURS: by_fit(make(), shuffled, steps_per_execution=STEPS),
+        "one step an execution": by_fit(make(), shuffled),
+        "loop by hand": by_hand(make(), data),
         "fit on arrays, default settings": by_fit(make(), arrays),
     }
 
