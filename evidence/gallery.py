@@ -5,7 +5,8 @@ import inspect
 import json
 
 import callbacks
-from callbacks import Comparison
+from callbacks.comparison import Result
+from callbacks.comparison.report import markdown_table, table
 from evidence.recipes import ROOT, find_recipes, measurements, read_card
 
 INTRODUCTION = """# Measured effects
@@ -15,9 +16,11 @@ Made by `python -m evidence` from the results beside this file; nothing here is 
 Every variant of a recipe is trained from the same starting weights, once for each seed, and evaluated on the test data
 once, when its training has ended. A *difference* is the mean over seeds of the variant's figure minus the baseline's at
 the same seed, with its 95 % t-interval, Bonferroni-adjusted for the number of differences in the table. The verdict is
-"better" or "worse" when that whole interval lies on one side of zero. The intervals cover the seeds, not the choice of
-the test images: with other test images the figures would differ by more than the intervals say. The *gap* is the
-training figure minus the test figure; the *time* is that of an epoch, relative to the baseline.
+"better" or "worse" when that whole interval lies on one side of zero ("slightly", when it is within the margin, the
+smallest difference that matters, as well), "the same" when it lies across zero and within the margin, and else
+"undecided", with the number of seeds that would decide. The intervals cover the seeds, not the choice of the test
+images: with other test images the figures would differ by more than the intervals say. The *gap* is the training figure
+minus the test figure; the *time* is that of an epoch, relative to the baseline.
 """
 
 
@@ -53,29 +56,29 @@ def _symptoms(recipes):
         card = read_card(recipe)
         symptom = _one_line(card["Symptom"])
         rows.append([symptom[0].upper() + symptom[1:], f"[{card['Name']}]({_relative(recipe)})"])
-    return _markdown_table({"What you see": [row[0] for row in rows], "What to try": [row[1] for row in rows]})
+    return markdown_table({"What you see": [row[0] for row in rows], "What to try": [row[1] for row in rows]})
 
 
 def _effects(recipes):
     rows, pictures = [], []
     for recipe, path, flags in _results(recipes):
-        name, comparison = read_card(recipe)["Name"], Comparison.load(path)
-        summary, table = comparison.summary(), comparison.table()
+        name, result = read_card(recipe)["Name"], Result.load(path)
+        summary, columns = result.summary(), table(result)
         for index, row in enumerate(summary[1:], start=1):
             rows.append(
                 {
                     "recipe": " ".join([f"[{name}]({_relative(recipe)})", *flags]),
                     "variant": row["variant"],
-                    "against": comparison.baseline,
-                    "figure": f"{comparison.split} {comparison.metric}",
-                    "difference": table.get("difference", ["–"] * len(summary))[index],
+                    "against": result.baseline,
+                    "figure": f"{result.split} {result.metric}",
+                    "difference": columns.get("difference", ["–"] * len(summary))[index],
                     "verdict": row["verdict"] or "–",
                 }
             )
         pictures.append(f"![{' '.join([name, *flags])}: curves and differences]({_relative(path.with_suffix('.svg'))})")
     if not rows:
         return "Nothing has been measured yet."
-    return "\n\n".join([_markdown_table({title: [row[title] for row in rows] for title in rows[0]}), *pictures])
+    return "\n\n".join([markdown_table({title: [row[title] for row in rows] for title in rows[0]}), *pictures])
 
 
 def _callbacks():
@@ -93,21 +96,21 @@ def _measured(path):
     # Here, because it imports TensorFlow.
     module = importlib.import_module(f"evidence.{path.stem}")
     result = json.loads(path.read_text(encoding="utf-8"))
-    return f"{_markdown_table(module.table(result))}\n\n{module.note(result)}"
+    return f"{markdown_table(module.table(result))}\n\n{module.note(result)}"
 
 
 def _training_doctor(path):
     head = "## What TrainingDoctor finds\n\n"
     if not path.exists():
         return f"{head}Not measured yet.\n"
-    from evidence.training_doctor import table
+    from evidence import training_doctor
 
     result = json.loads(path.read_text(encoding="utf-8"))
     environment = result["environment"]
     seeds = [run["seed"] for run in result["runs"]]
     return f"""{head}    python -m evidence.training_doctor
 
-{_markdown_table(table(result))}
+{markdown_table(training_doctor.table(result))}
 
 Runs with the seeds {min(seeds)} to {max(seeds)}; the thresholds were fixed on the seeds 0 to 19, and three rules were
 corrected since, as `evidence/training_doctor.py` tells. The healthy runs take turns at a dense, a convolutional and a
@@ -121,13 +124,13 @@ def _section(recipe):
     card = read_card(recipe)
     parts = [f"## {card['Name']}", f"{card['Name']} {card['Summary']}", f"*Symptom:* {_one_line(card['Symptom'])}"]
     for _, path, flags in _results([recipe]):
-        comparison = Comparison.load(path)
-        seeds = comparison.summary()[0]["seeds"]
-        settings = ", ".join(f"{name} {value}" for name, value in comparison.settings.items() if value is not None)
-        environment = comparison.environment
+        result = Result.load(path)
+        seeds = result.summary()[0]["seeds"]
+        settings = ", ".join(f"{name} {value}" for name, value in result.settings.items() if value is not None)
+        environment = result.environment
         parts += [
             f"    python {' '.join([_relative(recipe), *flags])} --seeds {seeds}",
-            _markdown_table(comparison.table()),
+            markdown_table(table(result)),
             f"![{card['Name']}: curves and differences]({path.parent.name}/{path.stem}.svg)",
             f"{seeds} seeds; {settings}.\nKeras {environment['keras']} on {environment['backend']}, "
             f"Python {environment['python']}; {environment['processor']}.",
@@ -140,11 +143,6 @@ def _results(recipes):
     return [
         (recipe, path, flags) for recipe in recipes for path, flags in measurements(recipe).items() if path.exists()
     ]
-
-
-def _markdown_table(columns):
-    lines = [columns, ["---"] * len(columns), *zip(*columns.values(), strict=True)]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def _one_line(text):

@@ -74,7 +74,7 @@ def measurements(recipe):
 def digest(recipe):
     """Return a digest of the code that a recipe's result depends on: its own, and that of the callbacks it imports.
 
-    Comments, docstrings and formatting are left out, and so is `callbacks/comparison.py`, which measures but does not
+    Comments, docstrings and formatting are left out, and so is `callbacks/comparison`, which measures but does not
     train. The digest is the same for every version of Python that runs the recipes.
     """
     files = [recipe, *_imported_callbacks(recipe)]
@@ -110,10 +110,14 @@ def _imported_callbacks(recipe):
         for module, name in _imports_from_callbacks(unread.pop()):
             if module == "callbacks":
                 module = {name: module for module, name in _imports_from_callbacks(folder / "__init__.py")}[name]
-            file = folder / f"{module.removeprefix('callbacks.')}.py"
-            if file.stem != "comparison" and file not in files:
-                files.add(file)
-                unread.append(file)
+            name = module.split(".")[1]
+            if name == "comparison":
+                continue
+            # A callback is a file, or a folder with several.
+            for file in [folder / f"{name}.py"] if (folder / f"{name}.py").exists() else (folder / name).glob("*.py"):
+                if file not in files:
+                    files.add(file)
+                    unread.append(file)
     return sorted(files)
 
 

@@ -149,7 +149,7 @@ def main(
                         callbacks=[comparison.run(variant, seed)] if size == len(images) else [],
                     )
                     if size == len(images):
-                        metrics = comparison.runs[-1]["metrics"]
+                        metrics = comparison.result.runs[-1]["metrics"]
                         on_train, on_test = metrics["train"]["accuracy"], metrics["test"]["accuracy"]
                     else:
                         part = images[order[:size]], labels[order[:size]]

@@ -211,7 +211,7 @@ def main(
                     verbose=0,
                     callbacks=[comparison.run(variant, seed)],
                 )
-                metrics = comparison.runs[-1]["metrics"]
+                metrics = comparison.result.runs[-1]["metrics"]
                 comparison.add_figure(variant, seed, "training accuracy", metrics["train"]["accuracy"])
                 # What is measured after training looks at validation images, for the test images are used once.
                 whole, *skipping = accuracies_skipping(model, residual, *validation)

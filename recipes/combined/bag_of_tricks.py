@@ -219,7 +219,7 @@ def main(
                     callbacks=[comparison.run(variant, seed)],
                 )
                 comparison.add_figure(variant, seed, "epochs", own_epochs)
-                comparison.add_figure(variant, seed, "seconds", sum(comparison.runs[-1]["epoch_seconds"]))
+                comparison.add_figure(variant, seed, "seconds", sum(comparison.result.runs[-1]["epoch_seconds"]))
                 if tricks and not ablate:
                     two_views = with_two_views(model)
                     two_views.compile(loss=model.loss, metrics=["accuracy"])

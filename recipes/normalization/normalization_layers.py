@@ -159,7 +159,9 @@ def main(
                     callbacks=[comparison.run(variant, seed)],
                 )
             accuracy = {
-                run["variant"]: run["metrics"]["test"]["accuracy"] for run in comparison.runs if run["seed"] == seed
+                run["variant"]: run["metrics"]["test"]["accuracy"]
+                for run in comparison.result.runs
+                if run["seed"] == seed
             }
             for kind in ("batch", "none", "layer", "group", "RMS"):
                 change = accuracy[f"{kind}, size 4"] - accuracy[f"{kind}, size 128"]

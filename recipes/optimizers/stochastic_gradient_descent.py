@@ -187,7 +187,7 @@ def main(
                 run = comparison.run(variant, seed)
                 history = train_model(variant, rate, seed, train, validation, classes, epochs, callbacks=[run])
                 accuracies = np.array(history.history["val_accuracy"])
-                seconds = ends_of_epochs(comparison.runs[-1]["epoch_seconds"])
+                seconds = ends_of_epochs(comparison.result.runs[-1]["epoch_seconds"])
                 reached = seconds[accuracies >= target]
                 comparison.add_figure(variant, seed, "learning rate", rate)
                 comparison.add_figure(variant, seed, "steps", int(history.model.optimizer.iterations))

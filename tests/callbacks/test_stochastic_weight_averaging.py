@@ -228,7 +228,9 @@ def test_comparison_evaluates_the_average():
     model = build_model()
     with Comparison(baseline="average", metric="loss", test=DATA) as comparison:
         fit(model, StochasticWeightAveraging(1, DATA), comparison.run("average", 0))
-    assert comparison.runs[0]["metrics"]["test"] == pytest.approx(model.evaluate(*DATA, verbose=0, return_dict=True))
+    assert comparison.result.runs[0]["metrics"]["test"] == pytest.approx(
+        model.evaluate(*DATA, verbose=0, return_dict=True)
+    )
 
 
 # Batch-norm statistics

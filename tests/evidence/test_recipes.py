@@ -124,17 +124,22 @@ def test_digest_covers_the_callbacks_that_a_recipe_imports(tmp_path):
     (tmp_path / "callbacks" / "__init__.py").write_text(
         "".join(f"from callbacks.{name.lower()} import {name}\n" for name in ("Comparison", "Outer", "Other"))
     )
+    for folder in ("comparison", "folder"):
+        (tmp_path / "callbacks" / folder).mkdir()
     for name, text in {
-        "comparison": "",
-        "outer": "from callbacks.inner import Inner\n",
+        "comparison/__init__": "",
+        "outer": "from callbacks.inner import Inner\nfrom callbacks.folder import Room\n",
         "inner": "",
+        "folder/__init__": "from .room import Room\n",
+        "folder/room": "",
         "other": "",
     }.items():
         (tmp_path / "callbacks" / f"{name}.py").write_text(text)
     recipe = tmp_path / "recipes" / "numerics" / "name.py"
     recipe.write_text("from callbacks import Comparison, Outer\n")
     before = digest(recipe)
-    for name, counts in {"comparison": False, "other": False, "outer": True, "inner": True}.items():
+    counting = {"comparison/__init__": False, "other": False, "outer": True, "inner": True, "folder/room": True}
+    for name, counts in counting.items():
         path = tmp_path / "callbacks" / f"{name}.py"
         text = path.read_text()
         path.write_text(text + "X = 1\n")

@@ -83,7 +83,7 @@ def observe(path, seeds, replace_test_data=False):
     def spy_on_load(*arguments, **keywords):
         train, validation, (images, labels), classes = load(*arguments, **keywords)
         if replace_test_data:
-            images, labels = 255 - images, (labels + 1) % classes
+            images, labels = images.max() - images, (labels + 1) % classes
         test_data.append(images)
         return train, validation, (images, labels), classes
 
@@ -93,8 +93,13 @@ def observe(path, seeds, replace_test_data=False):
 
     class Last(keras.callbacks.Callback):
         def on_train_begin(self, logs=None):
-            weights = [np.array(keras.ops.convert_to_numpy(weight)) for weight in self.model.trainable_variables]
-            events.append(("start", self.model, weights))
+            self.has_begun = False
+
+        def on_train_batch_begin(self, batch, logs=None):
+            if not self.has_begun:
+                weights = [np.array(keras.ops.convert_to_numpy(weight)) for weight in self.model.trainable_variables]
+                events.append(("start", self.model, weights))
+                self.has_begun = True
 
     def spy_on_fit(self, *arguments, callbacks=(), **keywords):
         return fit(self, *arguments, callbacks=[First(), *callbacks, Last()], **keywords)
@@ -131,12 +136,12 @@ def test_every_run_has_a_new_model(observed):
 
 def test_variants_of_a_seed_start_equal(observed):
     comparison, events = observed[0]
-    if not comparison.same_start:
+    if not comparison.result.same_start:
         pytest.skip("the recipe's variants differ in shape, or their start is the subject")
     starts = [weights for kind, _, weights in events if kind == "start"]
-    assert len(starts) == len(comparison.runs)
+    assert len(starts) == len(comparison.result.runs)
     first_of_seed = {}
-    for run, start in zip(comparison.runs, starts, strict=True):
+    for run, start in zip(comparison.result.runs, starts, strict=True):
         expected = first_of_seed.setdefault(run["seed"], start)
         for weight, expected_weight in zip(start, expected, strict=True):
             np.testing.assert_array_equal(weight, expected_weight)
@@ -160,7 +165,7 @@ def test_test_data_is_used_once_after_training(observed):
 
 
 def test_test_data_changes_nothing_but_test_figures_and_a_seed_repeats(observed):
-    runs = [{(run["variant"], run["seed"]): run for run in comparison.runs} for comparison, _ in observed]
+    runs = [{(run["variant"], run["seed"]): run for run in comparison.result.runs} for comparison, _ in observed]
     pairs = [(runs[0][key], runs[1][key]) for key in runs[1]]
     for first, second in pairs:
         np.testing.assert_equal(first["curve"], second["curve"])

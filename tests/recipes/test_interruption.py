@@ -18,8 +18,8 @@ def test_ctrl_c_reports_what_was_finished(tmp_path):
         # A shell starts its background jobs with SIGINT ignored, and that is inherited.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    for line in process.stderr:
-        if line.startswith("seed 1 "):
+    for line in process.stdout:
+        if line.startswith("seed 1, "):
             break
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate()
@@ -27,4 +27,4 @@ def test_ctrl_c_reports_what_was_finished(tmp_path):
     assert "no dropout" in output
     assert "dropout 0.8" in output
     assert "Interrupted. Finished runs" in output
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["name.partial.json", "name.partial.svg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["name.json", "name.svg"]

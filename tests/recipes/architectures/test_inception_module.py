@@ -165,7 +165,7 @@ def test_main_trains_networks_of_equal_size_and_reports_shares_before_and_after(
     for row in comparison.summary():
         expected = {f"share {name}": share for name, share in only_inception[row["variant"]].items()}
         assert row["figures"] == pytest.approx({"parameters": models[row["variant"]].count_params()} | expected)
-    signals = {(signal["variant"], signal["name"]): signal["values"] for signal in comparison.signals}
+    signals = {(signal["variant"], signal["name"]): signal["values"] for signal in comparison.result.signals}
     assert signals == {
         ("inception", "share before training"): pytest.approx(before),
         ("inception", "share after training"): pytest.approx([1, 0, 0, 0]),

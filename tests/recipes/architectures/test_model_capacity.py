@@ -112,7 +112,7 @@ def test_figures_and_signals_are_those_of_the_evaluations(observed):
         assert row["figures"] == pytest.approx(
             {"parameters": count, "per image": count / 64, "training accuracy": 0.9, "best epoch": 3}
         )
-        for signal in comparison.signals:
+        for signal in comparison.result.signals:
             if signal["variant"] == row["variant"]:
                 assert signal["by"] == "images: 4, 16, 64"
                 whole = 0.7 + width / 1000
@@ -122,4 +122,4 @@ def test_figures_and_signals_are_those_of_the_evaluations(observed):
                     "best epoch": [3, 3, 3],
                 }[signal["name"]]
                 assert signal["values"] == pytest.approx(expected)
-    assert len(comparison.signals) == 2 * 2 * 3
+    assert len(comparison.result.signals) == 2 * 2 * 3

@@ -153,7 +153,7 @@ def test_figures_and_signals_are_those_of_the_validation_images(recipe, monkeypa
     monkeypatch.setattr(keras.Model, "fit", fit)
     comparison = recipe.main(limit=50)
     _, (images, labels), _, _ = recipe.load("fashion_mnist_10k", recipe.DATA_DIR, 50)
-    signals = {(signal["variant"], signal["name"]): signal["values"] for signal in comparison.signals}
+    signals = {(signal["variant"], signal["name"]): signal["values"] for signal in comparison.result.signals}
     for row, model, (_, residual, _) in zip(comparison.summary(), models, variants.values(), strict=True):
         whole, *skipping = (
             np.mean(forward(model, images, residual, number)[0].argmax(axis=-1) == labels) for number in (None, 1, 2, 3)

@@ -36,7 +36,7 @@ def experiment(recipe):
 def of_each_run(comparison, values):
     """Yield each run of the comparison with the part of `values`, one for each model in order, that belongs to it."""
     values = iter(values)
-    for run in comparison.runs:
+    for run in comparison.result.runs:
         yield run, [next(values) for _ in range(MEMBERS if run["variant"] == "ensemble of 5" else 1)]
     assert next(values, None) is None
 
@@ -52,7 +52,9 @@ def reference(members, labels):
 
 def figures_of(comparison, run):
     of_run = [
-        figure for figure in comparison.figures if (figure["variant"], figure["seed"]) == (run["variant"], run["seed"])
+        figure
+        for figure in comparison.result.figures
+        if (figure["variant"], figure["seed"]) == (run["variant"], run["seed"])
     ]
     return {figure["name"]: figure["value"] for figure in of_run}
 
@@ -76,7 +78,7 @@ def test_signals_count_the_members_from_one(experiment):
     for run, members in of_each_run(comparison, logits):
         of_run = {
             signal["name"]: signal["values"]
-            for signal in comparison.signals
+            for signal in comparison.result.signals
             if (signal["variant"], signal["seed"]) == (run["variant"], run["seed"])
         }
         expected = [reference(members[: count + 1], labels) for count in range(MEMBERS)]
@@ -105,7 +107,7 @@ def test_it_is_never_above_it_after_training(recipe, monkeypatch):
     variants = {"one network": (1, 1, 0.001), "ensemble of 5": (3, 1, 0.001)}
     monkeypatch.setattr(recipe, "VARIANTS", variants)
     comparison = recipe.main(epochs=2, limit=300)
-    for run in comparison.runs:
+    for run in comparison.result.runs:
         found = figures_of(comparison, run)
         assert found["log-loss"] <= found["members' log-loss"] + 1e-12
         if run["variant"] == "ensemble of 5":

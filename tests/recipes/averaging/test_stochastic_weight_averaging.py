@@ -30,7 +30,7 @@ def trainings(recipe):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(keras.Model, "fit", spy)
         comparison = recipe.main(epochs=EPOCHS, limit=IMAGES)
-    return {run["variant"]: (*found[run["variant"]], run) for run in comparison.runs}
+    return {run["variant"]: (*found[run["variant"]], run) for run in comparison.result.runs}
 
 
 def weights_of(model):

@@ -99,8 +99,10 @@ def started(recipe, monkeypatch):
 
 def check(comparison, expected_norms, place):
     """Compare each run's signal and figure with the norms expected."""
-    assert len(comparison.signals) == len(comparison.figures) == len(expected_norms)
-    for signal, figure, expected in zip(comparison.signals, comparison.figures, expected_norms, strict=True):
+    assert len(comparison.result.signals) == len(comparison.result.figures) == len(expected_norms)
+    for signal, figure, expected in zip(
+        comparison.result.signals, comparison.result.figures, expected_norms, strict=True
+    ):
         np.testing.assert_allclose(signal["values"], expected, rtol=1e-3)
         assert (signal["by"], signal["scale"]) == (place, "log")
         assert figure["value"] == pytest.approx(expected[0] / expected[-1], rel=1e-3)
@@ -123,7 +125,7 @@ def test_norms_by_row_and_their_ratio_are_those_of_a_backward_pass_by_hand(recip
     check(comparison, [recurrent_norms(*start) for start in started], "row")
     for (weights, _, _), gain in zip(started, (0.5, 3), strict=True):
         np.testing.assert_allclose(np.linalg.svd(weights["recurrent"][0])[1], gain, rtol=1e-5)
-    vanishing, exploding = [figure["value"] for figure in comparison.figures]
+    vanishing, exploding = [figure["value"] for figure in comparison.result.figures]
     assert vanishing < 1e-3
     assert exploding > 5
 

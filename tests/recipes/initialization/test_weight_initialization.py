@@ -94,8 +94,8 @@ def test_figure_and_signals_are_those_of_a_forward_and_a_backward_pass_by_hand_b
     monkeypatch.setattr(recipe, "VARIANTS", {name: recipe.VARIANTS[name] for name in ("Glorot", "He")})
     # So few images are one batch.
     comparison = recipe.main(epochs=2, limit=64, activation="tanh")
-    signals = {(entry["variant"], entry["name"]): entry["values"] for entry in comparison.signals}
-    figures = {(entry["variant"], entry["name"]): entry["value"] for entry in comparison.figures}
+    signals = {(entry["variant"], entry["name"]): entry["values"] for entry in comparison.result.signals}
+    figures = {(entry["variant"], entry["name"]): entry["value"] for entry in comparison.result.figures}
     for variant, (weights, images, labels) in zip(recipe.VARIANTS, batches, strict=True):
         kernels, biases = weights[::2], weights[1::2]
         outputs = [images.reshape(len(images), -1)]

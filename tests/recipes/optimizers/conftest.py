@@ -33,7 +33,7 @@ def observe(images):
             after = arrays(model.trainable_variables)
             observed[run.variant] = types.SimpleNamespace(model=model, before=before, after=after, arguments=keywords)
             run.comparison.add(run.variant, run.seed, {"accuracy": 0.5})
-            run.comparison.runs[-1]["epoch_seconds"] = [9.0, 2.0, 2.0]
+            run.comparison.result.runs[-1]["epoch_seconds"] = [9.0, 2.0, 2.0]
             return types.SimpleNamespace(model=model, history={"val_accuracy": [0.5, 0.8, 0.7]})
 
         with pytest.MonkeyPatch.context() as patch:
@@ -42,7 +42,7 @@ def observe(images):
             comparison = recipe.main(**flags)
         for row in comparison.summary():
             observed[row["variant"]].figures = row["figures"]
-        observed[comparison.baseline].signals = comparison.signals
+        observed[comparison.baseline].signals = comparison.result.signals
         return observed
 
     return observe

@@ -27,7 +27,7 @@ def fits(monkeypatch, images):
         calls.append(types.SimpleNamespace(rate=rate, x=x, y=y, searching=not callbacks, **keywords))
         for run in callbacks:
             run.comparison.add(run.variant, run.seed, {"accuracy": 0.5})
-            run.comparison.runs[-1]["epoch_seconds"] = [1.0, 1.0]
+            run.comparison.result.runs[-1]["epoch_seconds"] = [1.0, 1.0]
             model.optimizer.build(model.trainable_variables)
         last = accuracies.get(rate, (0.1, 0.9))[(len(calls) - 1) % 2]
         return types.SimpleNamespace(model=model, history={"val_accuracy": [0.95, last]})

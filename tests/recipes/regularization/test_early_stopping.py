@@ -55,7 +55,7 @@ def scripted(recipe):
 
 def evaluated_weights(comparison):
     """Return {variant: the epoch whose weights were evaluated on the test data}."""
-    return {run["variant"]: run["metrics"]["test"]["loss"] for run in comparison.runs}
+    return {run["variant"]: run["metrics"]["test"]["loss"] for run in comparison.result.runs}
 
 
 def test_it_stops_after_as_many_epochs_without_improvement_as_the_patience_says(recipe, scripted):

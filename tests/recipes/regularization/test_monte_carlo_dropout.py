@@ -149,8 +149,8 @@ def test_main_averages_the_first_passes_of_one_trained_network_for_each_rate(rec
     assert rates == pytest.approx([0.0003, 0.001])
     assert len(logits) == number * len(rates)
     probabilities = softmax(np.reshape(logits, (len(rates), number, 40, -1)), axis=-1)
-    runs = {run["variant"]: run["metrics"]["test"] for run in comparison.runs}
-    signals = {entry["variant"]: entry["values"] for entry in comparison.signals if entry["name"] == "loss"}
+    runs = {run["variant"]: run["metrics"]["test"] for run in comparison.result.runs}
+    signals = {entry["variant"]: entry["values"] for entry in comparison.result.signals if entry["name"] == "loss"}
     assert set(runs) == set(recipe.VARIANTS)
     for variant, (rate, passes) in recipe.VARIANTS.items():
         index = [0.0003, 0.001].index(rate)

@@ -77,7 +77,7 @@ def test_figures_and_signals_are_the_rates_that_were_used(trained):
         rates = found[row["variant"]][1]
         assert row["figures"]["first rate"] == pytest.approx(rates[0])
         assert row["figures"]["last rate"] == pytest.approx(rates[-1])
-    for signal in comparison.signals:
+    for signal in comparison.result.signals:
         np.testing.assert_allclose(signal["values"], found[signal["variant"]][1][::STEPS], rtol=1e-6)
 
 

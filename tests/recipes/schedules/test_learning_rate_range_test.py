@@ -142,7 +142,7 @@ def test_it_needs_no_validation_data_and_so_many_epochs_as_its_steps_take(recipe
 def test_the_signals_give_each_smoothed_loss_the_place_of_its_middle_step(fits):
     _, comparison = fits
     losses, rates = (
-        next(signal["values"] for signal in comparison.signals if signal["name"] == name)
+        next(signal["values"] for signal in comparison.result.signals if signal["name"] == name)
         for name in ("smoothed loss (capped)", "learning rate")
     )
     assert len(rates) == STEPS

@@ -1,0 +1,215 @@
+"""The picture of a result: signals, the metric by epoch and the paired differences."""
+
+import io
+import math
+import statistics
+import textwrap
+from pathlib import Path
+
+import matplotlib
+import pandas
+import seaborn
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from .report import display_name
+from .result import replacing
+
+# Told apart by colour and, from the eleventh variant on, by dashes.
+DASHES = ["-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1))]
+RC = {"svg.fonttype": "none", "svg.hashsalt": "comparison", "font.family": "sans-serif"}
+
+
+def draw(result, path=None):
+    """Return a figure of the result and, if `path` is given, write it there in the format that its suffix names.
+
+    Lines are means over seeds, of the logarithms on a logarithmic axis; bands reach from the lowest to the highest
+    seed, and small dots are single seeds.
+
+    Raises:
+        ValueError: matplotlib does not know the format.
+    """
+    with matplotlib.rc_context(RC):
+        figure = _figure_of_search(result) if result.grid is not None else _figure_of_comparison(result)
+        if path is not None:
+            path = Path(path)
+            with replacing(path) as temporary:
+                # Without a date the same result gives the same file.
+                metadata = {"Date": None} if path.suffix == ".svg" else None
+                figure.savefig(temporary, format=path.suffix.removeprefix("."), metadata=metadata)
+    return figure
+
+
+def as_svg(result):
+    """Return the picture as the text of an SVG element."""
+    memory = io.StringIO()
+    with matplotlib.rc_context(RC):
+        draw(result).savefig(memory, format="svg", metadata={"Date": None})
+    return memory.getvalue()[memory.getvalue().index("<svg") :]
+
+
+def _figure_of_comparison(result):
+    runs = result.comparable_runs()
+    lines = {
+        variant: {"color": color, "linestyle": DASHES[place // 10 % len(DASHES)]}
+        for place, (variant, color) in enumerate(
+            zip(runs, seaborn.color_palette("colorblind", min(len(runs), 10)) * (1 + len(runs) // 10), strict=False)
+        )
+    }
+    panels = _panels(result, runs)
+    has_differences = len(runs) > 1
+    count = len(panels) + has_differences
+    columns = 2 if count == 4 else max(min(count, 3), 1)
+    rows = max(math.ceil(count / columns), 1)
+    with seaborn.axes_style("whitegrid"):
+        figure = Figure(figsize=(4 * columns, 3.6 * rows + 0.3), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel, each in zip(panels, axes, strict=False):
+        _draw_lines(panel, each, lines)
+    if has_differences:
+        _draw_differences(result, axes[len(panels)], runs, lines)
+    drawn = dict.fromkeys(variant for panel in panels for variant, *_ in panel["points"])
+    names = {variant: _label(display_name(variant)) for variant in runs if variant in drawn}
+    handles = [Line2D([], [], label=label, **lines[variant]) for variant, label in names.items()]
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
+    for unused in axes[count:]:
+        unused.remove()
+    return figure
+
+
+def _panels(result, runs):
+    """Return a dict for each panel with lines: those of the signals, then those of the metric by epoch."""
+    panels = {}
+    for entry in result.signals:
+        if entry["seed"] not in runs.get(entry["variant"], {}):
+            continue
+        name, by, scale = entry["name"], entry["by"], entry["scale"]
+        title = f"{name} by {by}"
+        panel = {"title": title, "ylabel": name, "by": by, "scale": scale, "points": []}
+        places = entry.get("at") or range(1, len(entry["values"]) + 1)
+        panels.setdefault(title, panel)["points"] += _points(entry["variant"], places, entry["values"], scale)
+    metric = result.metric
+    direction = "lower" if result.mode == "min" else "higher"
+    for title, name in {f"training {metric}, as logged": metric, f"validation {metric}": f"val_{metric}"}.items():
+        points = []
+        for variant, by_seed in runs.items():
+            for run in by_seed.values():
+                values = run["curve"].get(name, [])
+                epochs = run.get("epochs", {}).get(name) or range(1, len(values) + 1)
+                points += _points(variant, epochs, values, "linear")
+        if points:
+            panels[title] = {
+                "title": title,
+                "ylabel": f"{metric} ({direction} is better)",
+                "by": "epoch",
+                "scale": "linear",
+                "points": points,
+                "is_share": _is_share(result),
+            }
+    return list(panels.values())
+
+
+def _points(variant, places, values, scale):
+    """Return the values that an axis of this scale can show, as (variant, place, value)."""
+    return [
+        (variant, place, value)
+        for place, value in zip(places, values, strict=True)
+        if math.isfinite(value) and (scale == "linear" or value > 0)
+    ]
+
+
+def _draw_lines(panel, axes, lines):
+    points = pandas.DataFrame(panel["points"], columns=["variant", "place", "value"])
+    # A curve ends where most of its runs have, for the mean and range of the few that go on mislead.
+    counts = points.groupby(["variant", "place"])["value"].transform("size")
+    points = points[2 * counts >= counts.groupby(points["variant"]).transform("max")]
+    names = list(dict.fromkeys(points["place"]))
+    is_named = any(isinstance(name, str) for name in names)
+    mean = _geometric_mean if panel["scale"] == "log" else statistics.fmean
+    for variant, line in lines.items():
+        own = points[points["variant"] == variant]
+        if own.empty:
+            continue
+        by_place = own.groupby("place", sort=not is_named)["value"].agg([mean, "min", "max"])
+        places = [names.index(place) for place in by_place.index] if is_named else by_place.index
+        middle = by_place.iloc[:, 0]
+        axes.plot(places, middle, marker="o" if len(middle) == 1 or is_named else None, **line)
+        axes.fill_between(places, by_place["min"], by_place["max"], color=line["color"], alpha=0.2, linewidth=0)
+    axes.set(
+        title=_label(textwrap.fill(panel["title"], 40)),
+        xlabel=_label(panel["by"]),
+        ylabel=_label(panel["ylabel"]),
+        yscale=panel["scale"],
+    )
+    if is_named:
+        axes.set_xticks(range(len(names)), [_label(str(name)) for name in names])
+    elif all(float(place).is_integer() for place in names):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    if panel.get("is_share"):
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, 0.0), min(high, 1.0))
+
+
+def _draw_differences(result, axes, runs, lines):
+    """Draw each variant's paired differences from the baseline: dots for seeds, the mean with its interval."""
+    rows = {row["variant"]: row for row in result.summary()}
+    baseline = runs.get(result.baseline, {})
+    variants = [variant for variant in runs if variant != result.baseline]
+    for position, variant in enumerate(variants):
+        row, color = rows[variant], lines[variant]["color"]
+        if row["difference"] is None:
+            middle = axes.get_yaxis_transform()
+            axes.text(0.5, position, _label(row["verdict"]), ha="center", va="center", transform=middle)
+            continue
+        differences = list(result.differences(runs[variant], baseline).values())
+        axes.plot(differences, [position] * len(differences), ".", color=color, alpha=0.5)
+        # An interval of fewer than five seeds would hide all others.
+        width = row["difference_half_width"] if row["seeds"] >= 5 else None
+        axes.errorbar(row["difference"], position, xerr=width, fmt="o", capsize=4, color=color)
+    axes.axvline(0, color="black", linewidth=1)
+    if result.margin:
+        axes.axvspan(-result.margin, result.margin, color="black", alpha=0.06, linewidth=0)
+    axes.xaxis.get_major_locator().set_params(nbins=5)
+    axes.set_yticks(range(len(variants)), [_label(textwrap.fill(display_name(name), 24)) for name in variants])
+    axes.set_ylim(max(len(variants), 1) - 0.5, -0.5)
+    sign = "negative" if result.mode == "min" else "positive"
+    title = f"{result.split} {result.metric}: difference from\n{display_name(str(result.baseline))}"
+    margin = "; grey: within the margin" if result.margin else ""
+    axes.set(title=_label(title), xlabel=f"difference ({sign} is better{margin})")
+
+
+def _figure_of_search(result):
+    rows = result.search_summary()
+    palette = seaborn.color_palette("colorblind", min(len(rows), 10)) * (1 + len(rows) // 10)
+    with seaborn.axes_style("whitegrid"):
+        figure = Figure(figsize=(6, 4.2), layout="constrained")
+        axes = figure.subplots()
+    for place, row in enumerate(rows):
+        known = {rate: mean for rate, mean in row["means"].items() if mean is not None}
+        line = {"color": palette[place], "linestyle": DASHES[place // 10 % len(DASHES)]}
+        axes.plot(list(known), list(known.values()), label=_label(display_name(row["variant"])), marker=".", **line)
+        if row["best"] is not None:
+            axes.plot(row["best"], known[row["best"]], "o", color=palette[place])
+    if all(rate > 0 for rate in result.grid):
+        axes.set_xscale("log")
+    direction = "lower" if result.mode == "min" else "higher"
+    axes.set(xlabel="rate", ylabel=_label(f"{result.split} {result.metric} ({direction} is better)"))
+    axes.set_title("mean over seeds by rate; large dots: the best")
+    figure.legend(loc="outside lower center", ncols=min(len(rows), 3), frameon=False)
+    return figure
+
+
+def _label(text):
+    """Return a text that matplotlib shows as it is: a dollar begins mathematics, an underscore hides a label."""
+    shown = text.replace("$", r"\$")
+    return f"\N{ZERO WIDTH SPACE}{shown}" if shown.startswith("_") else shown
+
+
+def _is_share(result):
+    name = result.metric.lower()
+    return name.endswith(("accuracy", "acc", "auc", "precision", "recall", "f1_score"))
+
+
+def _geometric_mean(values):
+    return math.exp(statistics.fmean(map(math.log, values)))
