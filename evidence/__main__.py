@@ -13,7 +13,7 @@ from cyclopts.types import PositiveInt
 
 from callbacks.comparison import write_whole
 from evidence.gallery import generated_files
-from evidence.recipes import ROOT, digest, find_recipes, measurements, unprepared_dataset, why_stale
+from evidence.recipes import ROOT, digest, find_recipes, measurements, seeds_for, unprepared_dataset, why_stale
 
 
 def known_recipe(_, name):
@@ -51,8 +51,8 @@ def main(
     if force:
         forced |= {path.stem for path in results}
     stale = {
-        path: "forced" if path.stem in forced else why_stale(recipe, path, seeds)
-        for path, (recipe, _) in results.items()
+        path: "forced" if path.stem in forced else why_stale(recipe, path, seeds_for(flags, seeds))
+        for path, (recipe, flags) in results.items()
     }
     stale = {path: reason for path, reason in stale.items() if reason}
     if check:
@@ -81,7 +81,7 @@ def main(
         recipe, flags = results[path]
         minutes = (time.monotonic() - start) / 60
         print(f"[{number}/{len(stale)}, after {minutes:.0f} min] {command(recipe, flags)}: {reason}", flush=True)
-        measure(recipe, path, flags, seeds)
+        measure(recipe, path, flags, seeds_for(flags, seeds))
         forced.discard(path.stem)
         write_whole(forced_path, "\n".join(sorted(forced)))
     if not forced:
@@ -113,7 +113,8 @@ def measure(recipe, path, flags, seeds):
         if process.returncode:
             print(f"{command(recipe, flags)} failed; its old result stays as it was.", file=sys.stderr)
             raise SystemExit(process.returncode)
-        result = {"recipe": str(recipe.relative_to(ROOT)), "digest": code} | json.loads(new.read_text(encoding="utf-8"))
+        result = json.loads(new.read_text(encoding="utf-8"))
+        result = {"recipe": str(recipe.relative_to(ROOT)), "digest": code} | result
         new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         new.with_suffix(".svg").replace(path.with_suffix(".svg"))
         new.replace(path)

@@ -3,10 +3,11 @@
 import importlib
 import inspect
 import json
+from pathlib import Path
 
 import callbacks
 from callbacks.comparison import Result
-from callbacks.comparison.report import markdown_table, table
+from callbacks.comparison.report import markdown_table, search_table, table
 from evidence.recipes import ROOT, find_recipes, measurements, read_card
 
 INTRODUCTION = """# Measured effects
@@ -63,6 +64,8 @@ def _effects(recipes):
     rows, pictures = [], []
     for recipe, path, flags in _results(recipes):
         name, result = read_card(recipe)["Name"], Result.load(path)
+        if result.grid is not None:
+            continue
         summary, columns = result.summary(), table(result)
         for index, row in enumerate(summary[1:], start=1):
             rows.append(
@@ -86,7 +89,9 @@ def _callbacks():
     for name in callbacks.__all__:
         callback = getattr(callbacks, name)
         sentence = inspect.getdoc(callback).partition("\n")[0]
-        lines.append(f"- [`{name}`]({callback.__module__.replace('.', '/')}.py): {sentence}")
+        # A callback is a file or, like Comparison, a folder.
+        path = Path(*callback.__module__.split(".")[:2])
+        lines.append(f"- [`{name}`]({path if (ROOT / path).is_dir() else path.with_suffix('.py')}): {sentence}")
     return "\n".join(lines)
 
 
@@ -125,12 +130,12 @@ def _section(recipe):
     parts = [f"## {card['Name']}", f"{card['Name']} {card['Summary']}", f"*Symptom:* {_one_line(card['Symptom'])}"]
     for _, path, flags in _results([recipe]):
         result = Result.load(path)
-        seeds = result.summary()[0]["seeds"]
+        seeds = len({run["seed"] for run in result.runs})
         settings = ", ".join(f"{name} {value}" for name, value in result.settings.items() if value is not None)
         environment = result.environment
         parts += [
             f"    python {' '.join([_relative(recipe), *flags])} --seeds {seeds}",
-            markdown_table(table(result)),
+            markdown_table(search_table(result) if result.grid is not None else table(result)),
             f"![{card['Name']}: curves and differences]({path.parent.name}/{path.stem}.svg)",
             f"{seeds} seeds; {settings}.\nKeras {environment['keras']} on {environment['backend']}, "
             f"Python {environment['python']}; {environment['processor']}.",

@@ -23,7 +23,13 @@ THEMES = [
 ]
 
 # What is measured of a recipe beside its default run: the name of the result, and the flags that make it.
-FURTHER = {"bag_of_tricks": {"ablation": ["--ablate"], "full": ["--dataset", "fashion_mnist_full"]}}
+FURTHER = {
+    "bag_of_tricks": {"ablation": ["--ablate"], "full": ["--dataset", "fashion_mnist_full"]},
+    "dropout": {"search": ["--search"]},
+}
+
+# A search compares every rate of a grid, for which fewer do.
+SEARCH_SEEDS = 3
 
 LABELS = ["Symptom", "Technique", "Change", "Look for", "Cost", "Source"]
 
@@ -69,6 +75,11 @@ def measurements(recipe):
     path = result_path(recipe)
     further = FURTHER.get(recipe.stem, {})
     return {path: []} | {path.with_name(f"{path.stem}.{name}.json"): flags for name, flags in further.items()}
+
+
+def seeds_for(flags, seeds):
+    """Return the number of seeds of a result that is made with these flags."""
+    return min(seeds, SEARCH_SEEDS) if "--search" in flags else seeds
 
 
 def digest(recipe):

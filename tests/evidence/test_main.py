@@ -8,7 +8,7 @@ import sys
 import cyclopts
 import pytest
 
-from callbacks import Comparison
+from callbacks.comparison import Result
 from evidence import __main__, recipes
 from evidence.recipes import ROOT
 
@@ -99,7 +99,7 @@ def test_stale_recipes_are_measured_and_everything_is_made_from_the_results(proj
     assert {run["seed"] for run in content["runs"]} == {0, 1, 2}
     assert sorted(path.name for path in result(project).parent.iterdir()) == ["quick.json", "quick.svg"]
 
-    (_, row) = Comparison.load(result(project)).summary()
+    (_, row) = Result.load(result(project)).summary()
     gallery = (project / "evidence" / "README.md").read_text()
     readme = (project / "README.md").read_text()
     for text in (gallery, readme):
@@ -124,7 +124,7 @@ def test_further_results_of_a_recipe_are_made_with_their_flags(project, evidence
     assert "quick.py --gain 0.25: it has no result" in evidence("--check")[1]
     assert "2 measured, 0 fresh" in evidence("quick")[1]
     for name, gain in (("quick", 0.125), ("quick.large", 0.25)):
-        (_, row) = Comparison.load(result(project).with_name(f"{name}.json")).summary()
+        (_, row) = Result.load(result(project).with_name(f"{name}.json")).summary()
         assert row["difference"] == pytest.approx(gain + 0.002)
         assert f"numerics/{name}.svg" in (project / "README.md").read_text()
         assert f"numerics/{name}.svg" in (project / "evidence" / "README.md").read_text()

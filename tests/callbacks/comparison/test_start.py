@@ -260,9 +260,8 @@ def test_data_are_described_from_what_they_hold():
     assert describe_data("test", (IMAGES, np.eye(3)[LABELS]))["classes"] is None
     several = ({"image": IMAGES, "size": np.zeros(6)}, LABELS)
     assert describe_data("test", several)["inputs"] == "28 × 28 × 1, scalars"
-    assert describe_data("test", (keras.ops.convert_to_tensor(IMAGES), keras.ops.convert_to_tensor(LABELS))) == (
-        describe_data("test", (IMAGES, LABELS))
-    )
+    tensors = describe_data("test", (keras.ops.convert_to_tensor(IMAGES), keras.ops.convert_to_tensor(LABELS)))
+    assert tensors | {"digest": ""} == described | {"digest": ""}
 
 
 class Batches(keras.utils.PyDataset):
