@@ -175,8 +175,8 @@ def _draw_differences(result, axes, runs, lines):
     axes.set_ylim(max(len(variants), 1) - 0.5, -0.5)
     sign = "negative" if result.mode == "min" else "positive"
     title = f"{result.split} {result.metric}: difference from\n{display_name(str(result.baseline))}"
-    margin = "; grey: within the margin" if result.margin else ""
-    axes.set(title=_label(title), xlabel=f"difference ({sign} is better{margin})")
+    margin = "\ngrey: within the margin" if result.margin else ""
+    axes.set(title=_label(title), xlabel=f"difference ({sign} is better){margin}")
 
 
 def _figure_of_search(result):

@@ -126,20 +126,16 @@ class Result:
         content = _as_json({name: value for name, value in content.items() if value is not None})
         return json.dumps(content, indent=1) + "\n"
 
-    @classmethod
-    def merge(cls, results):
-        """Return one result of several that hold other seeds of the same experiment.
+    def merge(self, *others):
+        """Return one result of this one and of others that hold other seeds of the same experiment.
 
         Raises:
-            ValueError: there is none; they are not of one experiment (other settings, data, code, versions, …); or two
-                of them hold the same seed.
+            ValueError: they are not of one experiment (other settings, data, code, versions, …), or two of them hold
+                the same seed.
         """
-        results = list(results)
-        if not results:
-            raise ValueError("There is nothing to merge: give at least one result.")
-        merged = copy.deepcopy(results[0])
+        merged = copy.deepcopy(self)
         merged.start = None
-        for result in results[1:]:
+        for result in others:
             if differing := merged.differences_from(result):
                 raise ValueError(
                     f"The results are not of one experiment, for they differ in {'; '.join(differing)}. "

@@ -45,7 +45,7 @@ class Start:
         """Return whether the model still has these weights."""
         return all(
             np.array_equal(weight.value, _array(variable), equal_nan=True)
-            for weight, (variable, *_) in zip(self.weights, _own_weights(model), strict=True)
+            for weight, (variable, *_) in zip(self.weights, _own_weights(model), strict=False)
         )
 
     def fingerprint(self):

@@ -117,7 +117,7 @@ def test_merged_units_give_what_one_comparison_gives():
         unit.figures.append({"variant": "b", "seed": seed, "name": "epochs", "value": 10.0 * seed})
         unit.environment = {"keras": "3.15", "processor": "abacus" if seed else "slide rule"}
         units.append(unit)
-    merged = Result.merge(units)
+    merged = Result.merge(*units)
     assert merged.summary()[1].pop("figures") == {"epochs": 10.0}
     assert [(run["variant"], run["seed"]) for run in merged.runs] == [(v, s) for s in range(3) for v in "ab"]
     assert merged.environment["processor"] == "abacus; slide rule"
@@ -146,15 +146,13 @@ def test_other_experiments_are_not_merged(difference, words):
     common = {"settings": {"epochs": 2}, "digest": "one", "environment": {"keras": "3.15"}}
     first, second = new_result(**common), new_result(**common | difference)
     with pytest.raises(ValueError, match=f"not of one experiment.*{words}"):
-        Result.merge([first, second])
+        first.merge(second)
 
 
-def test_seed_twice_and_nothing_are_not_merged():
+def test_seed_twice_is_not_merged():
     first, second = new_result({"a": [0.5, 0.6]}), new_result({"a": [0.5]})
     with pytest.raises(ValueError, match="hold seed 0, which would count twice"):
-        Result.merge([first, second])
-    with pytest.raises(ValueError, match="nothing to merge"):
-        Result.merge([])
+        first.merge(second)
 
 
 def test_verdicts_are_in_words():

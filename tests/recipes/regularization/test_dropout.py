@@ -4,7 +4,7 @@ import pytest
 from keras import layers
 
 RATE = 0.3
-IMAGES = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1)).astype("float32")
+IMAGES = np.random.default_rng(0).random((64, 8, 8, 1)).astype("float32")
 
 
 @pytest.fixture(scope="module", params=["dense", "convolutional"])
@@ -49,6 +49,29 @@ def test_outputs_vary_in_training_only(model):
 
 def test_baseline_has_no_randomness(import_recipe):
     recipe = import_recipe("regularization/dropout")
-    assert list(recipe.VARIANTS.values()) == [0.0, 0.2, 0.5, 0.8]
+    assert [rate for rate, _ in recipe.VARIANTS.values()] == [0.0, 0.2, 0.5, 0.8]
+    assert all(learning_rate in recipe.GRID for _, learning_rate in recipe.VARIANTS.values())
     model = recipe.build_model((8, 8, 1), 5, 0.0)
     np.testing.assert_array_equal(model(IMAGES, training=True), model(IMAGES, training=False))
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_every_training_has_its_dropout_and_a_rate_that_falls_to_zero(search, import_recipe, monkeypatch):
+    recipe, fit, seen = import_recipe("regularization/dropout"), keras.Model.fit, []
+
+    def spy(model, *arguments, **keywords):
+        schedule = model.optimizer._learning_rate
+        first, last = (float(schedule(step)) for step in (0, 2 * keywords["epochs"]))
+        (dropout, *_) = [layer.rate for layer in model.layers if isinstance(layer, layers.Dropout)]
+        seen.append((dropout, pytest.approx(first), pytest.approx(last, abs=1e-9)))
+        return fit(model, *arguments, **keywords)
+
+    monkeypatch.setattr(keras.Model, "fit", spy)
+    monkeypatch.setattr(recipe, "VARIANTS", {"no dropout": (0.0, 0.003), "dropout 0.5": (0.5, 0.001)})
+    monkeypatch.setattr(recipe, "GRID", (0.01, 0.02))
+    comparison = recipe.main(search=search, epochs=2, limit=200)
+    if search:
+        assert seen == [(dropout, rate, 0.0) for dropout in (0.0, 0.5) for rate in recipe.GRID]
+        assert [row["means"].keys() for row in comparison.result.search_summary()] == [{0.01, 0.02}] * 2
+    else:
+        assert seen == [(0.0, 0.003, 0.0), (0.5, 0.001, 0.0)]
