@@ -169,8 +169,10 @@ class Comparison:
             self._check_start_is_known(seed)
         self._show_plan(len(todo), len(names) * len(seeds))
         for seed, name in todo:
-            with _Iteration(self, name, seed):
-                yield names[name], variants[names[name]], self.run(names[name], seed)
+            # The body of another variant may have added it: one training can serve several.
+            if not self.finished(name, seed):
+                with _Iteration(self, name, seed):
+                    yield names[name], variants[names[name]], self.run(names[name], seed)
             self._missing.discard((seed, name))
             if not any(seed == other for other, _ in self._missing):
                 self._starts.pop(seed, None)
