@@ -35,14 +35,14 @@ from callbacks import Comparison
 
 # The dropout rate, and the best of GRID for the dense network (--search).
 VARIANTS = {
-    "no dropout": (0.0, 0.001),
+    "no dropout": (0.0, 0.003),
     "dropout 0.2": (0.2, 0.001),
     "dropout 0.5": (0.5, 0.001),
     "dropout 0.8": (0.8, 0.001),
 }
 
 # Learning rates of Adam.
-GRID = (0.0001, 0.0003, 0.001, 0.003)
+GRID = (0.0003, 0.001, 0.003, 0.01)
 
 DATA_DIR = Path(__file__).resolve().parent.parent.parent / "data"
 
