@@ -137,7 +137,7 @@ def _draw_lines(panel, axes, lines):
         axes.plot(places, middle, marker="o" if len(middle) == 1 or is_named else None, **line)
         axes.fill_between(places, by_place["min"], by_place["max"], color=line["color"], alpha=0.2, linewidth=0)
     axes.set(
-        title=_label(textwrap.fill(panel["title"], 40)),
+        title=_label(textwrap.fill(panel["title"], 36)),
         xlabel=_label(panel["by"]),
         ylabel=_label(panel["ylabel"]),
         yscale=panel["scale"],
