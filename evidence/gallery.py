@@ -7,7 +7,7 @@ from pathlib import Path
 
 import callbacks
 from callbacks.comparison import Result
-from callbacks.comparison.report import markdown_table, search_table, table
+from callbacks.comparison.report import escape_markdown, markdown, markdown_table, table
 from evidence.recipes import ROOT, find_recipes, measurements, read_card
 
 INTRODUCTION = """# Measured effects
@@ -55,7 +55,7 @@ def _symptoms(recipes):
     rows = []
     for recipe in recipes:
         card = read_card(recipe)
-        symptom = _one_line(card["Symptom"])
+        symptom = _one_line(card["Symptom"]).replace("|", r"\|")
         rows.append([symptom[0].upper() + symptom[1:], f"[{card['Name']}]({_relative(recipe)})"])
     return markdown_table({"What you see": [row[0] for row in rows], "What to try": [row[1] for row in rows]})
 
@@ -71,8 +71,8 @@ def _effects(recipes):
             rows.append(
                 {
                     "recipe": " ".join([f"[{name}]({_relative(recipe)})", *flags]),
-                    "variant": row["variant"],
-                    "against": result.baseline,
+                    "variant": escape_markdown(row["variant"]),
+                    "against": escape_markdown(result.baseline),
                     "figure": f"{result.split} {result.metric}",
                     "difference": columns.get("difference", ["–"] * len(summary))[index],
                     "verdict": row["verdict"] or "–",
@@ -135,7 +135,7 @@ def _section(recipe):
         environment = result.environment
         parts += [
             f"    python {' '.join([_relative(recipe), *flags])} --seeds {seeds}",
-            markdown_table(search_table(result) if result.grid is not None else table(result)),
+            markdown(result),
             f"![{card['Name']}: curves and differences]({path.parent.name}/{path.stem}.svg)",
             f"{seeds} seeds; {settings}.\nKeras {environment['keras']} on {environment['backend']}, "
             f"Python {environment['python']}; {environment['processor']}.",

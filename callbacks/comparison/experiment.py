@@ -405,7 +405,8 @@ class Comparison:
         if self._path:
             picture = self._path.with_name(f"{self._path.name}.svg")
             self.plot(picture)
-            self._say(f"Saved: {self._json} and {picture}.")
+            self._say(f"Saved: {self._json}")
+            self._say(f"Saved: {picture}")
 
     def _is_taken_over_in_part(self):
         """Return whether the file has seeds that this call does not ask for, and that not all variants have."""
@@ -504,7 +505,7 @@ class Comparison:
 
     def _say(self, text):
         if self._console is not None:
-            self._console.print(text, soft_wrap=True)
+            self._console.print(text)
 
     def _save(self):
         if self._path:

@@ -63,12 +63,23 @@ def print_report(result, console=None):
         console.print(Text(note, style="dim"))
 
 
+def markdown(result):
+    """Return the table of a result as Markdown."""
+    columns = search_table(result) if result.grid is not None else table(result)
+    return markdown_table(
+        {escape_markdown(title): [escape_markdown(cell) for cell in cells] for title, cells in columns.items()}
+    )
+
+
 def markdown_table(columns):
-    """Return a dict from a column's title to its cells as a Markdown table."""
-    lines = [list(columns), *zip(*columns.values(), strict=True)]
-    lines = [[_escape_markdown(cell) for cell in line] for line in lines]
-    lines.insert(1, ["---"] * len(columns))
+    """Return a dict from a column's title to its cells, which are Markdown, as a Markdown table."""
+    lines = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def escape_markdown(text):
+    """Return text as Markdown that shows it as it is."""
+    return re.sub(r"([\\`*_\[\]<>&|$#~])", r"\\\1", text)
 
 
 def as_html(result, picture=""):
@@ -241,10 +252,6 @@ def _rich_table(columns):
     for verdict, *cells in zip(verdicts, *columns.values(), strict=True):
         shown.add_row(*map(Text, cells), style=ROW_STYLES.get(verdict.removesuffix("†")))
     return shown
-
-
-def _escape_markdown(text):
-    return re.sub(r"([\\`*_\[\]<>&|$#~])", r"\\\1", text)
 
 
 def _figure_names(rows):

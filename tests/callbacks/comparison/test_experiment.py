@@ -962,7 +962,9 @@ def test_finished_runs_and_what_was_written_are_printed_where_the_table_goes(tmp
         "seed 1, a",
         "seed 1, b",
     ]
-    assert "name.json and" in lines[-1] and "name.svg" in lines[-1]
+    assert "".join(lines).count("Saved: ") == 2
+    assert "name.json" in captured.out.replace("\n", "") and "name.svg" in captured.out.replace("\n", "")
+    assert max(map(len, lines)) <= 80
     assert "test accuracy" not in captured.err
 
 

@@ -10,7 +10,7 @@ from callbacks.comparison import Result
 from callbacks.comparison.report import (
     as_html,
     display_name,
-    markdown_table,
+    markdown,
     new_console,
     notes,
     print_report,
@@ -143,9 +143,9 @@ def test_names_are_shown_as_they_are_and_those_that_differ_differently():
     assert all(name in text for name in shown)
     page = as_html(result)
     assert "&lt;b&gt;bold" in page and "<b>" not in page
-    markdown = markdown_table(table(result))
-    assert r"a\|b" in markdown and r"\[/relu\]" in markdown and r"\*star\*" in markdown and r"\<b\>" in markdown
-    assert len(markdown.splitlines()) == 2 + len(ODD_NAMES)
+    text = markdown(result)
+    assert r"a\|b" in text and r"\[/relu\]" in text and r"\*star\*" in text and r"\<b\>" in text
+    assert len(text.splitlines()) == 2 + len(ODD_NAMES)
 
 
 def test_figures_called_like_a_column_have_a_column_of_their_own():
