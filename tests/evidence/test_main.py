@@ -104,7 +104,7 @@ def test_stale_recipes_are_measured_and_everything_is_made_from_the_results(proj
     readme = (project / "README.md").read_text()
     for text in (gallery, readme):
         assert "| on |" in text
-        assert f"{row['difference']:+.4f} ± {row['difference_half_width']:.4f}" in text
+        assert "{:+.4f} to {:+.4f}".format(*row["range"]) in text
         assert "numerics/quick.svg" in text
     assert "epochs 3" in gallery
     assert r"| A \| b. | [Quick](recipes/numerics/quick.py) |" in readme
