@@ -288,5 +288,5 @@ def _figure_cell(value):
 def _with_interval(value, half_width, sign="-"):
     if value is None or half_width is None:
         return _number(value, sign)
-    precision = ".4f" if 1e-3 <= max(abs(value), half_width) < 1e3 else ".3g"
+    precision = ".4f" if 1e-4 <= max(abs(value), half_width) < 1e3 else ".3g"
     return f"{value:{sign}{precision}} ± {half_width:{precision}}"
