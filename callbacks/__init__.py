@@ -7,6 +7,7 @@ from callbacks.learning_rate_logger import LearningRateLogger
 from callbacks.learning_rate_range_test import LearningRateRangeTest
 from callbacks.one_cycle import OneCycle
 from callbacks.stochastic_weight_averaging import StochasticWeightAveraging
+from callbacks.swap_schedule_free_weights import SwapScheduleFreeWeights
 from callbacks.training_doctor import TrainingDoctor
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "LearningRateRangeTest",
     "OneCycle",
     "StochasticWeightAveraging",
+    "SwapScheduleFreeWeights",
     "TrainingDoctor",
 ]
