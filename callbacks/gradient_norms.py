@@ -103,9 +103,9 @@ class GradientNorms(keras.callbacks.Callback):
             )
         if self._start is None:
             # Not when training begins, because `BackupAndRestore` sets the counter then.
-            self._start = self._next_due = self._iterations()
+            self._start = self._unread = self._iterations()
         self._first_of_epoch = len(self.steps)
-        self._first_unread = self._first_step = self._iterations()
+        self._first_step = self._iterations()
         self._weights_before = self._ratios = None
 
     def on_train_batch_begin(self, batch, logs=None):
@@ -115,9 +115,8 @@ class GradientNorms(keras.callbacks.Callback):
         elif self._ratios is None:
             self._compare_weights()
         step = self._first_step + batch
-        if step + self._steps_per_execution - self._first_unread > ROWS:
+        if step + self._steps_per_execution - self._unread > ROWS:
             self._read()
-            self._first_unread = step
 
     def on_epoch_end(self, epoch, logs=None):
         if self._ratios is None:
@@ -268,11 +267,11 @@ class GradientNorms(keras.callbacks.Callback):
     def _read(self):
         """Move the steps that are due from the device into the history."""
         end = self._iterations()
-        due = np.arange(self._next_due, end, self.every)
-        self._next_due += len(due) * self.every
+        table = keras.ops.convert_to_numpy(self._table)
         # Those before have been overwritten.
-        due = due[due >= end - ROWS]
-        rows = keras.ops.convert_to_numpy(self._table)[due % ROWS]
+        due = np.arange(max(self._unread, end - ROWS), end)
+        due = due[(due - self._start) % self.every == 0]
+        rows = table[due % ROWS]
         # A training step of the user's own may apply gradients more or less than once.
         is_recorded = rows[:, -1] == due % LIMIT
         squares = rows[is_recorded, :-1].astype("float64")
@@ -281,6 +280,10 @@ class GradientNorms(keras.callbacks.Callback):
         sums = self._by_layer(squares)
         for name, norms in self.history.items():
             norms += np.sqrt(sums[name]).tolist()
+        if end > self._unread and table[(end - 1) % ROWS, -1] != (end - 1) % LIMIT:
+            # TensorFlow counts a step for which the data had run out, too.
+            self._start += 1
+        self._unread = end
 
     def _keep_what_is_trained(self):
         """After the first epoch, forget layers that the optimizer has not been given, and say if it has not been used."""
@@ -290,7 +293,7 @@ class GradientNorms(keras.callbacks.Callback):
             for measured in (self.history, self.update_to_weight_ratios):
                 for name in set(self._names) - set(self.layers):
                     del measured[name]
-        if self._variables and self._iterations() == self._start:
+        if self._variables and self._iterations() == self._first_step:
             warnings.warn(
                 f"GradientNorms watches the optimizer {self._optimizer.name!r}, which has not made a step in the first "
                 "epoch. If another one trains the model, pass that: optimizer=...",

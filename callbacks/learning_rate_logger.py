@@ -47,6 +47,10 @@ class LearningRateLogger(keras.callbacks.Callback):
             calls only once, at a time that cannot be seen; or the optimizer is a `MultiOptimizer`, which has several.
     """
 
+    # Has Keras call `on_train_batch_end` in a thread of its own, while training goes on, where the backend allows it. Not
+    # documented, and tried on Keras 3.15.
+    async_safe = True
+
     def __init__(self, *, optimizer=None, log=True):
         super().__init__()
         self.optimizer = optimizer
@@ -86,7 +90,7 @@ class LearningRateLogger(keras.callbacks.Callback):
             )
         # Mixed precision skips steps, and a training step of the user's own may make several of one batch.
         self._counts_steps = optimizer is not self.model.optimizer
-        self._has_warned = False
+        self._has_warned = self._sees_ends = False
         # Private: the public `learning_rate` is a schedule's present value, not the schedule. Tried on Keras 3.15.
         source = optimizer._learning_rate
         self._schedule = source if isinstance(source, keras.optimizers.schedules.LearningRateSchedule) else None
@@ -100,10 +104,12 @@ class LearningRateLogger(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self._start = self._steps_taken()
+        self._begun, self._ended = 0, 0
         self._changes = []
         self._changed, self._new_rate = self._variable is not None, None
 
     def on_train_batch_begin(self, batch, logs=None):
+        self._begun = batch + 1
         if self._changed:
             rate = self._new_rate
             if rate is None:
@@ -112,8 +118,15 @@ class LearningRateLogger(keras.callbacks.Callback):
             self._changes.append((self._steps_taken() if self._counts_steps else self._start + batch, rate))
             self._changed = False
 
+    def on_train_batch_end(self, batch, logs=None):
+        # The steps may come here in another order than they were made in.
+        self._ended, self._sees_ends = max(self._ended, batch + 1), True
+
     def on_epoch_end(self, epoch, logs=None):
         end = self._steps_taken()
+        if self._sees_ends and self._ended < self._begun and end - self._start == self._ended + 1:
+            # TensorFlow counts a step for which the data had run out, too.
+            end -= 1
         self._warn_if_not_used(end)
         if self._schedule is None:
             # The data may have run out when a step had begun.

@@ -67,6 +67,10 @@ class OneCycle(keras.callbacks.Callback):
     Topin 2017, "Super-Convergence", arXiv:1708.07120.
     """
 
+    # Has Keras call `on_train_batch_end` in a thread of its own, while training goes on, where the backend allows it. Not
+    # documented, and tried on Keras 3.15.
+    async_safe = True
+
     def __init__(
         self,
         peak,
@@ -188,10 +192,10 @@ class OneCycle(keras.callbacks.Callback):
                 "the weights, or pass steps_per_epoch to fit."
             )
         self._first_iteration, self._is_first_epoch = iterations, is_first_epoch
-        self._step = self._first - 1
+        self._step, self._begun, self._made = self._first, 0, 0
 
     def on_train_batch_begin(self, batch, logs=None):
-        self._step = self._first + batch
+        self._step, self._begun = self._first + batch, batch + 1
         if self._step >= self.steps and not self._has_warned:
             self._has_warned = True
             warnings.warn(
@@ -201,22 +205,29 @@ class OneCycle(keras.callbacks.Callback):
             )
         self._set_rate(float(self.learning_rate_at(self._step)))
 
+    def on_train_batch_end(self, batch, logs=None):
+        # The steps may come here in another order than they were made in.
+        self._made = max(self._made, batch + 1)
+
     def on_epoch_end(self, epoch, logs=None):
-        made = self._iterations() - self._first_iteration
-        if self._is_first_epoch and not made:
+        iterations = self._iterations() - self._first_iteration
+        if self._is_first_epoch and self._made and not iterations:
             warnings.warn(
                 f"OneCycle sets the rate of the optimizer {self._optimizer.name!r}, which has not made a step in the "
                 "first epoch. If another one trains the model, pass that: optimizer=...",
                 stacklevel=2,
             )
-        if made and not self._may_skip:
+        if self._made:
             # A step that was begun when the data had run out was not made.
-            self._step = min(self._step, self._first + made - 1)
-        self._last_step = max(self._step, 0)
+            self._step = self._first + self._made - 1
+            self._last_step = self._step
+        if self._made < self._begun and iterations == self._made + 1:
+            # TensorFlow counts such a step all the same.
+            self._origin += 1
         if self.log:
-            logs["learning_rate"] = float(self.learning_rate_at(self._last_step))
+            logs["learning_rate"] = float(self.learning_rate_at(self._step))
             if self.momentum is not None:
-                logs["momentum"] = float(self.momentum_at(self._last_step))
+                logs["momentum"] = float(self.momentum_at(self._step))
 
     def on_train_end(self, logs=None):
         if self._last_step is not None and self._last_step < self.steps - 1:
@@ -290,7 +301,6 @@ class OneCycle(keras.callbacks.Callback):
         self._attached_model = self.model
         # For the next OneCycle, in case `fit` raises. Not by `setattr`, with which the optimizer would track it.
         vars(optimizer)["_one_cycle"] = self
-        self._may_skip = optimizer is not (self.model.optimizer if self.optimizer is None else self.optimizer)
         self._optimizer = optimizer
         self._origin = self._last_step = None
         self._has_warned = False
