@@ -257,7 +257,7 @@ class GradientNorms(keras.callbacks.Callback):
         values = ops.stack([*squares, ops.cast(ops.mod(step, LIMIT), "float32")])
         # Quicker than an update of one row, which XLA makes a loop of.
         is_row = ops.equal(ops.expand_dims(ops.arange(ROWS), 1), ops.cast(ops.mod(step, ROWS), "int32"))
-        self._table.assign(ops.where(is_row, values, self._table))
+        self._table.assign(ops.where(is_row, values, ops.convert_to_tensor(self._table)))
 
     def _iterations(self):
         # On JAX, asking for `self.model` brings the variables up to date.
