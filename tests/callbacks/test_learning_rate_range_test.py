@@ -430,9 +430,13 @@ class LeaveWeights(keras.callbacks.Callback):
     ids=["early stopping", "weights", "exponential average"],
 )
 def test_callbacks_after_it_leave_nothing_in_the_model(make_other):
+    # On JAX, Keras 3.15 cannot fit twice with an exponential average: weights and average then share their memory.
     model = build_model(keras.optimizers.Adam(0.01, use_ema=True))
     model.optimizer.build(model.trainable_variables)
-    fit(model, epochs=1)
+    if keras.backend.backend() == "jax":
+        fit(model, epochs=0)
+    else:
+        fit(model, epochs=1)
     before = snapshot(model)
     history = fit(model, LearningRateRangeTest(1e-3, 1.0, steps=24), make_other())
     assert_equal(snapshot(model), before)
