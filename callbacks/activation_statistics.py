@@ -240,7 +240,9 @@ def _in_words(array):
     text = f"{array.dtype} of shape {array.shape}"
     if array.dtype.kind not in "fiu" or not array.size:
         return text
-    return f"{text}, {array.min() + 0:.4g} to {array.max() + 0:.4g}, mean {array.mean():.4g}, deviation {array.std():.4g}"
+    return (
+        f"{text}, {array.min() + 0:.4g} to {array.max() + 0:.4g}, mean {array.mean():.4g}, deviation {array.std():.4g}"
+    )
 
 
 @contextlib.contextmanager

@@ -47,7 +47,8 @@ class GradientNorms(keras.callbacks.Callback):
             NaN for an epoch without a step. About 1e-3 is usual for a step.
 
     Cost: one pass over the gradients at each step, and two copies of the weights from the device in each epoch. The
-    training step is compiled anew for each `fit`. If `fit` raises, steps go on to be recorded until the next `fit` with
+    training step is compiled anew for each `fit`, and under `tf.distribute` the replicas' gradients are added up once
+    more. If `fit` raises, steps go on to be recorded until the next `fit` with
     a `GradientNorms`, or `detach()`. A copy or a pickle has what was recorded, without the model and the optimizer.
 
     Args:
@@ -286,7 +287,7 @@ class GradientNorms(keras.callbacks.Callback):
         self._unread = end
 
     def _keep_what_is_trained(self):
-        """After the first epoch, forget layers that the optimizer has not been given, and say if it has not been used."""
+        """After the first epoch, forget layers that the optimizer was not given, and say if it was not used."""
         trained = {self._layer_of[index] for index in self._trained}
         if trained:
             self.layers = [name for index, name in enumerate(self._names) if index in trained]

@@ -34,8 +34,9 @@ class LearningRateLogger(keras.callbacks.Callback):
             With a schedule object they are computed on first reading: a schedule has to depend on the step alone.
 
     Cost: 1 µs a step. Within an epoch nothing is read from the device, except, in mixed precision and with `optimizer`,
-    the step counter, whenever a callback assigns the rate. If `fit` raises, what is left on the rate's variable does nothing;
-    the next `fit` or `detach()` removes it. A copy or a pickle has the rates, without the model and the optimizer.
+    the step counter, whenever a callback assigns the rate. If `fit` raises, what is left on the rate's variable does
+    nothing; the next `fit` or `detach()` removes it. A copy or a pickle has the rates, without the model and the
+    optimizer.
 
     Args:
         optimizer: the optimizer to watch, where a `train_step` of your own uses several, or one of those within a
@@ -47,8 +48,8 @@ class LearningRateLogger(keras.callbacks.Callback):
             calls only once, at a time that cannot be seen; or the optimizer is a `MultiOptimizer`, which has several.
     """
 
-    # Has Keras call `on_train_batch_end` in a thread of its own, while training goes on, where the backend allows it. Not
-    # documented, and tried on Keras 3.15.
+    # Has Keras call `on_train_batch_end` in a thread of its own, while training goes on, where the backend allows it.
+    # Not documented, and tried on Keras 3.15.
     async_safe = True
 
     def __init__(self, *, optimizer=None, log=True):
@@ -185,8 +186,8 @@ class LearningRateLogger(keras.callbacks.Callback):
         """After the first epoch, say if the optimizer has not made a step."""
         if not self._has_warned and steps_taken == self._start:
             warnings.warn(
-                f"LearningRateLogger watches the optimizer {self._optimizer().name!r}, which has not made a step in the "
-                "first epoch. If another one trains the model, pass that: optimizer=...",
+                f"LearningRateLogger watches the optimizer {self._optimizer().name!r}, which has not made a step in "
+                "the first epoch. If another one trains the model, pass that: optimizer=...",
                 stacklevel=2,
             )
         self._has_warned = True

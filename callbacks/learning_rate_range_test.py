@@ -10,7 +10,6 @@ from pathlib import Path
 import keras
 import numpy as np
 
-
 NOT_BUILT = (
     "The model is not built, so that it has no weights to restore: call `model(x[:1])`, or begin it with "
     "keras.Input(shape)."
@@ -87,9 +86,7 @@ class LearningRateRangeTest(keras.callbacks.Callback):
     the exponential one is that of the library fastai.
     """
 
-    def __init__(
-        self, low=1e-6, high=1.0, steps=100, threshold=4.0, *, monitor="loss", optimizer=None, log=True
-    ):
+    def __init__(self, low=1e-6, high=1.0, steps=100, threshold=4.0, *, monitor="loss", optimizer=None, log=True):
         super().__init__()
         if not isinstance(low, numbers.Real) or not 0 < low < math.inf:
             raise ValueError(f"low must be a finite number above 0, not {low!r}.")
@@ -190,8 +187,8 @@ class LearningRateRangeTest(keras.callbacks.Callback):
         if self.monitor not in logs:
             self.detach()
             raise ValueError(
-                f"The logs have no {self.monitor!r}, but {', '.join(logs) or 'nothing'}: say which of them is the loss, "
-                "monitor=..."
+                f"The logs have no {self.monitor!r}, but {', '.join(logs) or 'nothing'}: say which of them is the "
+                "loss, monitor=..."
             )
         if self.log:
             logs["learning_rate"] = self.learning_rates[-1]

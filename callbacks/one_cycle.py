@@ -67,8 +67,8 @@ class OneCycle(keras.callbacks.Callback):
     Topin 2017, "Super-Convergence", arXiv:1708.07120.
     """
 
-    # Has Keras call `on_train_batch_end` in a thread of its own, while training goes on, where the backend allows it. Not
-    # documented, and tried on Keras 3.15.
+    # Has Keras call `on_train_batch_end` in a thread of its own, while training goes on, where the backend allows it.
+    # Not documented, and tried on Keras 3.15.
     async_safe = True
 
     def __init__(

@@ -40,12 +40,13 @@ class StochasticWeightAveraging(keras.callbacks.Callback):
 
     To resume an interrupted training, pass `backup_dir` and put this callback before
     `keras.callbacks.BackupAndRestore`. Each averaged epoch is saved, whole or not at all, and the saves of the latest
-    two are kept. A `fit` that is interrupted otherwise, as by Ctrl-C, leaves the weights being trained in the model;
-    `model.set_weights(averaging.average())` puts the average so far there. A `fit` that begins at an epoch goes on from the average saved when training came to that epoch. If
+    two are kept. A `fit` that begins at an epoch goes on from the average saved when training came to that epoch. If
     there is none, it deletes what lies in the folder from another training, begins a new average, and warns if epochs
     from `start_epoch` on are missing in it. When training ends normally the saves are deleted.
 
-    A copy of this callback or a pickle has the average without the model, and a pickle has `data` only if that is arrays.
+    A training that is not to be resumed, stopped by Ctrl-C or an error, leaves the weights being trained in the model;
+    `model.set_weights(averaging.average())` puts the average so far there. A copy or a pickle has the average without
+    the model, and a pickle has `data` only if that is arrays.
 
     Attributes:
         other_weights: list of NumPy arrays, as `model.get_weights()` gives it, that `swap()` puts into the model: when
@@ -75,8 +76,8 @@ class StochasticWeightAveraging(keras.callbacks.Callback):
     Source: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407.
     """
 
-    # Has Keras call `on_train_batch_end` in a thread of its own, while training goes on, where the backend allows it. Not
-    # documented, and tried on Keras 3.15.
+    # Has Keras call `on_train_batch_end` in a thread of its own, while training goes on, where the backend allows it.
+    # Not documented, and tried on Keras 3.15.
     async_safe = True
 
     def __init__(self, start_epoch, data=None, backup_dir=None, batch_size=32, *, log=True):
@@ -170,7 +171,9 @@ class StochasticWeightAveraging(keras.callbacks.Callback):
             ValueError: no weights have been averaged.
         """
         if not self._count:
-            raise ValueError(f"No weights have been averaged: no epoch from start_epoch={self.start_epoch} on has ended.")
+            raise ValueError(
+                f"No weights have been averaged: no epoch from start_epoch={self.start_epoch} on has ended."
+            )
         weights = _copy_weights(self.model)
         try:
             self._assign_average()
@@ -212,7 +215,8 @@ class StochasticWeightAveraging(keras.callbacks.Callback):
             if inputs is None:
                 raise ValueError("data gives no batch to recompute the batch-norm statistics from.")
             try:
-                # In this scope no variable changes. In inference mode, for PyTorch draws dropout from its own generator.
+                # In this scope no variable changes. In inference mode, because in training PyTorch's dropout draws from
+                # a generator that everything shares.
                 with keras.StatelessScope():
                     self.model(inputs, training=False)
             except Exception as error:

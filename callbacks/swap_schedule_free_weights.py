@@ -1,4 +1,4 @@
-"""SwapScheduleFreeWeights: evaluates and saves the weights that `ScheduleFreeAdamW` has found, not those it trains at."""
+"""SwapScheduleFreeWeights: evaluates and saves the average that `ScheduleFreeAdamW` finds, not where it trains."""
 
 import collections.abc
 import contextlib
@@ -38,8 +38,8 @@ class SwapScheduleFreeWeights(keras.callbacks.Callback):
     training mode, which makes the moving mean and variance of each trainable `BatchNormalization` the equal average
     over batches of the batch's moments; x and its statistics are kept until the optimizer has made another step.
 
-    Cost: three copies of the weights in the host's memory, and a few copies from and to the device in each epoch. If the
-    model has batch normalisation, one forward pass over `data` in each epoch, run eagerly. A copy or a pickle has
+    Cost: three copies of the weights in the host's memory, and a few copies from and to the device in each epoch. If
+    the model has batch normalisation, one forward pass over `data` in each epoch, run eagerly. A copy or a pickle has
     neither the weights nor the model, and a pickle has `data` only if that is arrays.
 
     Args:
@@ -81,7 +81,14 @@ class SwapScheduleFreeWeights(keras.callbacks.Callback):
 
     def __getstate__(self):
         inputs = keras.utils.unpack_x_y_sample_weight(self.data)[0]
-        state = vars(self) | {"_model": None, "optimizer": None, "_x": None, "_y": None, "_attached": None, "_corrected": []}
+        state = vars(self) | {
+            "_model": None,
+            "optimizer": None,
+            "_x": None,
+            "_y": None,
+            "_attached": None,
+            "_corrected": [],
+        }
         return state | {"data": self.data if _are_arrays(inputs) else None, "_holds_x": False}
 
     def __deepcopy__(self, memo):
@@ -274,7 +281,8 @@ class SwapScheduleFreeWeights(keras.callbacks.Callback):
             if inputs is None:
                 raise ValueError("data gives no batch to recompute the batch-norm statistics from.")
             try:
-                # In this scope no variable changes. In inference mode, for PyTorch draws dropout from its own generator.
+                # In this scope no variable changes. In inference mode, because in training PyTorch's dropout draws from
+                # a generator that everything shares.
                 with keras.StatelessScope():
                     self.model(inputs, training=False)
             except Exception as error:

@@ -365,9 +365,7 @@ def test_step_that_applies_gradients_twice_leaves_gaps_but_no_wrong_norms(monkey
     assert all(step % 2 == 0 for step in norms.steps)
     batches = [slice(16 * batch, 16 * batch + 16) for batch in range(4)]
     expected = [np.linalg.norm(explicit_norms(model, INPUTS[batch], TARGETS[batch])) for batch in batches]
-    np.testing.assert_allclose(
-        norms.history["all"], [expected[step // 2 % 4] for step in norms.steps], rtol=1e-5
-    )
+    np.testing.assert_allclose(norms.history["all"], [expected[step // 2 % 4] for step in norms.steps], rtol=1e-5)
 
 
 def test_checkpoint_saved_in_the_middle_is_as_without_it(tmp_path):
@@ -608,7 +606,9 @@ def late():
     return Late(first)
 
 
-@pytest.mark.parametrize("make_model", [lambda: keras.Sequential([layers.Dense(1)]), lambda: Late(layers.Dense(3)), late])
+@pytest.mark.parametrize(
+    "make_model", [lambda: keras.Sequential([layers.Dense(1)]), lambda: Late(layers.Dense(3)), late]
+)
 @ON_TENSORFLOW
 def test_model_that_is_not_built_is_refused_in_words_that_fit(make_model):
     model = make_model()

@@ -359,9 +359,9 @@ def test_data_that_end_early(rate, arguments):
     assert len(pandas.DataFrame(logs)) == len(steps.made)
     ends = np.cumsum(list(steps.made.values()))
     expected = [rates.history[end - 1] for end, made in zip(ends, steps.made.values(), strict=True) if made]
-    assert [value for value, made in zip(logs["learning_rate"], steps.made.values(), strict=True) if made] == pytest.approx(
-        expected
-    )
+    assert [
+        value for value, made in zip(logs["learning_rate"], steps.made.values(), strict=True) if made
+    ] == pytest.approx(expected)
 
 
 def test_every_key_is_in_the_logs_of_every_epoch_with_seldom_validation():

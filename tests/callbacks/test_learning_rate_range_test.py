@@ -365,7 +365,14 @@ def stateful():
     recurrent = layers.LSTM(3, stateful=True)
     counting, spectral = Counting(), layers.SpectralNormalization(layers.Dense(1))
     model = keras.Sequential(
-        [keras.Input((4,), batch_size=8), layers.Reshape((4, 1)), recurrent, layers.BatchNormalization(), counting, spectral]
+        [
+            keras.Input((4,), batch_size=8),
+            layers.Reshape((4, 1)),
+            recurrent,
+            layers.BatchNormalization(),
+            counting,
+            spectral,
+        ]
     )
     model.compile(keras.optimizers.Adam(0.01), "mse")
     model.optimizer.build(model.trainable_variables)

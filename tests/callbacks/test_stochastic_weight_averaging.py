@@ -69,7 +69,9 @@ class Recorder(keras.callbacks.Callback):
         self.weights = []
 
     def on_epoch_end(self, epoch, logs=None):
-        self.weights.append([np.array(keras.ops.convert_to_numpy(variable)) for variable in self.model.trainable_variables])
+        self.weights.append(
+            [np.array(keras.ops.convert_to_numpy(variable)) for variable in self.model.trainable_variables]
+        )
 
     def average(self, start):
         return [np.mean(np.float64(values), axis=0) for values in zip(*self.weights[start:], strict=True)]
@@ -642,7 +644,7 @@ class CtrlC(keras.callbacks.Callback):
 def test_average_so_far_is_there_after_ctrl_c():
     model, recorder = build_model(), Recorder()
     averaging = StochasticWeightAveraging(1, DATA)
-    with pytest.raises(ValueError, match="No weights have been averaged"):
+    with pytest.raises(ValueError, match="No weights are averaged"):
         averaging.average()
     with pytest.raises(KeyboardInterrupt):
         fit(model, averaging, recorder, CtrlC(), epochs=9)
