@@ -158,14 +158,13 @@ class ActivationStatistics(keras.callbacks.Callback):
             for axes, (statistic, title) in zip(figure.subplots(2, 2, sharex=True).flat, titles.items(), strict=True):
                 for name, line in values[statistic].items():
                     # Item 0 was measured before the first epoch.
-                    epochs = [self.epochs[0] - 1 if self.epochs else -1, *self.epochs]
-                    axes.plot(epochs, line, marker=".", color=color_of[name], label=name)
+                    trained = [self.epochs[0] if self.epochs else 0, *(epoch + 1 for epoch in self.epochs)]
+                    axes.plot(trained, line, marker=".", color=color_of[name], label=name)
                 axes.set(title=title)
                 if statistic in ("dead", "saturated"):
                     axes.set(ylim=(-0.03, 1.03))
-                axes.label_outer()
             for axes in figure.axes[2:]:
-                axes.set(xlabel="epoch")
+                axes.set(xlabel="epochs trained")
             lines, names = figure.axes[0].get_legend_handles_labels()
             figure.legend(lines, names, loc="outside right upper", ncols=max(1, -(-len(names) // 20)))
             if path is not None:

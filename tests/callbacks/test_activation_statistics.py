@@ -416,12 +416,12 @@ def test_picture_shows_each_statistic_by_layer_over_the_epochs(tmp_path):
     figure = statistics.plot(tmp_path / "activations.svg")
     for axes, statistic in zip(figure.axes, ("mean", "std", "dead", "saturated"), strict=True):
         for line in axes.lines:
-            assert list(line.get_xdata()) == [-1, 0, 1, 2]
+            assert list(line.get_xdata()) == [0, 1, 2, 3]
             expected = [entry[statistic] for entry in statistics.history[line.get_label()]]
             np.testing.assert_allclose(line.get_ydata(), expected)
     assert [len(axes.lines) for axes in figure.axes] == [3, 3, 3, 1]
     texts = {element.text for element in ElementTree.parse(tmp_path / "activations.svg").iter() if element.text}
-    assert {"epoch", "share of dead units", "hidden", "normalization", "probability"} <= texts
+    assert {"epochs trained", "share of dead units", "hidden", "normalization", "probability"} <= texts
     statistics.plot(tmp_path / "activations.png")
     assert (tmp_path / "activations.png").read_bytes().startswith(b"\x89PNG")
     ActivationStatistics(PROBE).plot()
