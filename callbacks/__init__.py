@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from callbacks.learning_rate_range_test import LearningRateRangeTest
     from callbacks.one_cycle import OneCycle
     from callbacks.stochastic_weight_averaging import StochasticWeightAveraging
+    from callbacks.swap_schedule_free_weights import SwapScheduleFreeWeights
     from callbacks.training_doctor import TrainingDoctor
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "LearningRateRangeTest",
     "OneCycle",
     "StochasticWeightAveraging",
+    "SwapScheduleFreeWeights",
     "TrainingDoctor",
 ]
 

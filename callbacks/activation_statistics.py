@@ -1,6 +1,8 @@
 """ActivationStatistics: mean, deviation, dead units and saturated values of each layer's output, at every epoch."""
 
+import contextlib
 import threading
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -28,6 +30,7 @@ class ActivationStatistics(keras.callbacks.Callback):
         >>> fitted = model.fit(x, y, epochs=2, verbose=0, callbacks=[statistics])
         >>> before_training = {layer: entries[0] for layer, entries in statistics.history.items()}
         >>> dead_at_the_end = {layer: entries[-1]["dead"] for layer, entries in statistics.history.items()}
+        >>> figure = statistics.plot()
 
     Measured is each layer that has weights or an activation function: `Dense`, `LSTM`, `BatchNormalization`,
     `Activation`, `ReLU`, …, and not `Flatten`, `Dropout`, pooling or `Add`. A model within the model counts by its
@@ -46,14 +49,18 @@ class ActivationStatistics(keras.callbacks.Callback):
     A layer that is used several times has one entry for all uses; each use has units of its own.
 
     The `logs` of each epoch receive `activation_mean/LAYER`, `activation_std/LAYER`, `activation_dead/LAYER` and, for
-    layers that can saturate, `activation_saturated/LAYER`. Callbacks that write logs come after this one in the list.
+    layers that can saturate, `activation_saturated/LAYER`: of the layers that are executed before training, and NaN in
+    an epoch in which one of these is not. Callbacks that write logs come after this one in the list.
 
-    Attributes, begun anew by each `fit`:
+    Attributes, all but the first begun anew by each `fit`:
+        received: in words, what the probe holds: the type, shape and range of each of its arrays.
+        epochs: list of the epochs that have ended.
         history: dict from a layer's name, in order of execution, to a list of dicts with the keys `mean`, `std`, `dead`
-            and `saturated`. Item 0 of the list was measured before training, item n after n epochs; in one in which
-            the layer was not executed, all values are None. In a nested model the name is "MODEL/LAYER".
-        first_input: dict with `mean` and `std` of what the first layer with trainable weights receives before training,
-            after any `Rescaling` or `Normalization`; None if that is not of a float type, as in front of an embedding.
+            and `saturated`. Item 0 of the list was measured before training, item n after the n-th of `epochs`; in one
+            in which the layer was not executed, all values are None. In a nested model the name is "MODEL/LAYER".
+        first_input: dict with `mean`, `std`, `low` and `high` of what the first layer with trainable weights receives
+            before training, after any `Rescaling` or `Normalization`; None if that is not of a float type, as in front
+            of an embedding.
 
     Cost: one eager forward pass of the probe at each epoch, and arithmetic in NumPy on every layer's output. On two CPU
     cores a probe of 128 images of 28 x 28 pixels takes 2 ms in three dense layers of 100, and 40 ms in two convolutions
@@ -63,6 +70,7 @@ class ActivationStatistics(keras.callbacks.Callback):
         probe: the inputs, in the form that the model takes in `fit`: an array of shape (examples, …), or a tuple, list
             or dict of such arrays. They pass as one batch: some 32 to 256 examples. A model that is not built yet is
             built by them.
+        log: whether the `logs` receive the figures.
 
     Raises:
         ValueError: `probe` is no array or structure of arrays with equal numbers of examples, at least one. From
@@ -71,9 +79,10 @@ class ActivationStatistics(keras.callbacks.Callback):
     Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks", 2010.
     """
 
-    def __init__(self, probe):
+    def __init__(self, probe, *, log=True):
         super().__init__()
         self.probe = keras.tree.map_structure(keras.ops.convert_to_numpy, probe)
+        self.log = log
         shapes = self._probe_shapes()
         if len({shape[:1] for shape in shapes}) != 1 or not all(shapes) or shapes[0][0] == 0:
             raise ValueError(
@@ -81,27 +90,88 @@ class ActivationStatistics(keras.callbacks.Callback):
                 f"examples, at least one, not {type(probe).__name__} with the shapes {shapes}."
             )
 
+        self.received = "; ".join(map(_in_words, keras.tree.flatten(self.probe)))
+        self.history, self.epochs, self.first_input = {}, [], None
+        self._names = {}
+
+    def __getstate__(self):
+        # Names are kept by layer, and a copy has no model.
+        return vars(self) | {"_model": None, "_names": {}}
+
     def on_train_begin(self, logs=None):
-        self.history = {}
+        self.history, self.epochs = {}, []
         self.first_input = None
         self._names = {}
         try:
             self._measure()
         except Exception as error:
-            raise ValueError(
-                f"The model cannot be measured on the probe, of shapes {self._probe_shapes()}: {error}"
-            ) from error
+            raise ValueError(f"The model cannot be measured on the probe ({self.received}): {error}") from error
         if not self.history:
             raise ValueError(
                 "ActivationStatistics needs a model with layers that have weights or an activation function, and that "
                 "are not within a compiled function."
             )
 
+        # Writers of logs want the same columns in each epoch.
+        self._columns = [
+            (name, statistic)
+            for name, (entry,) in self.history.items()
+            for statistic, value in entry.items()
+            if value is not None
+        ]
+
     def on_epoch_end(self, epoch, logs=None):
-        for name, entry in self._measure().items():
-            for statistic, value in entry.items():
-                if value is not None:
-                    logs[f"activation_{statistic}/{name}"] = value
+        self._measure()
+        self.epochs.append(epoch)
+        if self.log:
+            for name, statistic in self._columns:
+                value = self.history[name][-1][statistic]
+                logs[f"activation_{statistic}/{name}"] = np.nan if value is None else value
+
+    def plot(self, path=None):
+        """Draw each statistic over the epochs, with a line for each layer; return the figure.
+
+        Args:
+            path: file to write; its suffix tells the format, and without one it is SVG. None for no file.
+        """
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        values = {
+            statistic: {
+                name: [np.nan if entry[statistic] is None else entry[statistic] for entry in entries]
+                for name, entries in self.history.items()
+                if any(entry[statistic] is not None for entry in entries)
+            }
+            for statistic in NOT_EXECUTED
+        }
+        titles = {
+            "mean": "mean",
+            "std": "standard deviation",
+            "dead": "share of dead units",
+            "saturated": "share of saturated values",
+        }
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "activations", "savefig.format": "svg"}):
+            figure = Figure(figsize=(8, 5), layout="constrained")
+            colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, max(1, len(self.history))))
+            color_of = dict(zip(self.history, colors, strict=False))
+            for axes, (statistic, title) in zip(figure.subplots(2, 2, sharex=True).flat, titles.items(), strict=True):
+                for name, line in values[statistic].items():
+                    # Item 0 was measured before the first epoch.
+                    trained = [self.epochs[0] if self.epochs else 0, *(epoch + 1 for epoch in self.epochs)]
+                    axes.plot(trained, line, marker=".", color=color_of[name], label=name)
+                axes.set(title=title)
+                if statistic in ("dead", "saturated"):
+                    axes.set(ylim=(-0.03, 1.03))
+            for axes in figure.axes[2:]:
+                axes.set(xlabel="epochs trained")
+            lines, names = figure.axes[0].get_legend_handles_labels()
+            figure.legend(lines, names, loc="outside right upper", ncols=max(1, -(-len(names) // 20)))
+            if path is not None:
+                # Without a date the same statistics give the same file.
+                is_svg = Path(path).suffix in ("", ".svg")
+                figure.savefig(path, metadata={"Date": None} if is_svg else None)
+        return figure
 
     def _probe_shapes(self):
         return [array.shape for array in keras.tree.flatten(self.probe)]
@@ -133,12 +203,17 @@ class ActivationStatistics(keras.callbacks.Callback):
         keras.Layer.__call__ = call_and_measure
         try:
             # In this scope no variable changes: neither seeds nor statistics.
-            with keras.StatelessScope():
+            with keras.StatelessScope(), _in_evaluation(self.model):
                 self.model(self.probe, training=False)
         finally:
             keras.Layer.__call__ = call
         if not self.history and received and (values := _float_values(next(iter(received.values())))) is not None:
-            self.first_input = {"mean": float(values.mean(dtype="float64")), "std": float(values.std(dtype="float64"))}
+            self.first_input = {
+                "mean": float(values.mean(dtype="float64")),
+                "std": float(values.std(dtype="float64")),
+                "low": float(values.min(initial=np.inf)),
+                "high": float(values.max(initial=-np.inf)),
+            }
         entries = {name: _pool(measured) for name, measured in uses.items()}
         items = max(map(len, self.history.values()), default=0)
         for name in entries:
@@ -157,6 +232,33 @@ class ActivationStatistics(keras.callbacks.Callback):
                 name = f"{path}_{number}"
             self._names[layer] = name
         return self._names[layer]
+
+
+def _in_words(array):
+    """Return type, shape and range of an array."""
+    text = f"{array.dtype} of shape {array.shape}"
+    if array.dtype.kind not in "fiu" or not array.size:
+        return text
+    return (
+        f"{text}, {array.min() + 0:.4g} to {array.max() + 0:.4g}, mean {array.mean():.4g}, deviation {array.std():.4g}"
+    )
+
+
+@contextlib.contextmanager
+def _in_evaluation(model):
+    """With PyTorch, keep no gradients, and have modules of its own within the model know that they are evaluated."""
+    if keras.backend.backend() != "torch":
+        yield
+        return
+    import torch
+
+    is_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(is_training)
 
 
 def _is_measured(layer):

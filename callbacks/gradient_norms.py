@@ -1,10 +1,18 @@
 """GradientNorms: the L2 norms of the gradients and the relative size of the updates, by layer, during `fit`."""
 
+import contextlib
+import numbers
+import warnings
+from pathlib import Path
+
 import keras
 import numpy as np
 
-# Recorded steps that the device holds until they are read.
+# Steps that the device holds until they are read.
 ROWS = 256
+# The device notes a step's number modulo this one: float32 has all smaller integers.
+LIMIT = 2**20
+NOT_BUILT = "The model is not built: call `model(x[:1])` first, or begin it with keras.Input(shape)."
 
 
 class GradientNorms(keras.callbacks.Callback):
@@ -16,90 +24,117 @@ class GradientNorms(keras.callbacks.Callback):
         >>> fitted = model.fit(x, y, epochs=2, verbose=0, callbacks=[norms])
         >>> largest_of_each_epoch = fitted.history["gradient_norm_max"]
         >>> by_step = {layer: norms.history[layer] for layer in norms.layers}
+        >>> figure = norms.plot()
 
     The norms are those of the gradients before clipping, and after the loss scale of mixed precision is divided out;
-    with gradient accumulation they are those of single batches. Every `every`-th step, beginning with the first, is
-    recorded on the device, also under `steps_per_execution`, and read at the end of the epoch.
+    with gradient accumulation they are those of single batches, and under `tf.distribute` those of the whole batch. The
+    device holds the norms of each step, also under `steps_per_execution`; of these every `every`-th, beginning with the
+    first, is recorded when the epoch ends.
 
     The `logs` of each epoch receive `gradient_norm_mean` and `gradient_norm_max`, over the recorded steps, of all
-    gradients together; the same with the prefixes `first_layer_` and `last_layer_`; and `update_to_weight_ratio`.
-    Callbacks that write logs come after this one in the list.
+    gradients together; the same with the prefixes `first_layer_` and `last_layer_`; and `update_to_weight_ratio`. They
+    are NaN in an epoch without a recorded step. Callbacks that write logs come after this one in the list.
 
     Attributes, begun anew by each `fit`:
         layers: names of the layers that have trainable weights, in order of execution (in a subclassed model, of
-            creation).
+            creation); once an epoch has ended, of those whose weights the optimizer trains.
         steps: list of the recorded steps, counted from 0 when `fit` begins. Steps that mixed precision skips because a
             gradient is not finite do not count.
         history: dict from a layer's name, or "all", to the list of its norms at these steps.
+        epochs: list of the epochs that have ended.
         update_to_weight_ratios: dict from a layer's name, or "all", to a list with ‖w' - w‖ / ‖w‖ for the first
-            execution of the training function (one step, unless `steps_per_execution` is larger) in each epoch. About
-            1e-3 is usual for a step.
+            execution of the training function (one step, unless `steps_per_execution` is larger) in each of `epochs`;
+            NaN for an epoch without a step. About 1e-3 is usual for a step.
 
-    Cost: one pass over the gradients at every recorded step (with `LossScaleOptimizer`, at every step), for which the
-    training step is compiled once more, and two copies of the weights from the device in each epoch. If `fit` raises,
-    steps go on to be recorded until the next `fit` with a `GradientNorms`, or `detach()`.
+    Cost: one pass over the gradients at each step, and two copies of the weights from the device in each epoch. The
+    training step is compiled anew for each `fit`, and under `tf.distribute` the replicas' gradients are added up once
+    more. If `fit` raises, steps go on to be recorded until the next `fit` with
+    a `GradientNorms`, or `detach()`. A copy or a pickle has what was recorded, without the model and the optimizer.
 
     Args:
         every: number of steps from one recorded step to the next, a positive integer.
+        optimizer: the optimizer to watch, where a `train_step` of your own uses several; None for the model's.
+        log: whether the `logs` receive the figures.
 
     Raises:
-        ValueError: `every` is not a positive integer. From `fit`: the model has no trainable weights; or there are two
-            `GradientNorms`, of which `TrainingDoctor` has one.
+        ValueError: `every` is not a positive integer. From `fit`: the model is not built; it has no optimizer; or there
+            are two `GradientNorms` for one optimizer, of which `TrainingDoctor` has one.
 
     Source: Karpathy, notes of Stanford's course CS231n, "Neural Networks Part 3", for the update-to-weight ratio.
     """
 
-    def __init__(self, every=10):
+    def __init__(self, every=10, *, optimizer=None, log=True):
         super().__init__()
-        if not isinstance(every, int) or every < 1:
+        if not isinstance(every, numbers.Integral) or every < 1:
             raise ValueError(f"every must be a positive integer, not {every!r}.")
-        self.every = every
+        self.every = int(every)
+        self.optimizer = optimizer
+        self.log = log
+        self.layers, self.steps, self.history, self.epochs, self.update_to_weight_ratios = [], [], {}, [], {}
         self._replaced = []
         self._optimizer = None
 
+    def __getstate__(self):
+        left_out = ("_model", "_attached_model", "optimizer", "_optimizer", "_table", "_variables", "_weights_before")
+        functions = ("_apply", "_function", "_previous_function")
+        return vars(self) | dict.fromkeys((*left_out, *functions)) | {"_replaced": []}
+
     def on_train_begin(self, logs=None):
         self.detach()
-        if not self.model.trainable_variables:
-            raise ValueError("GradientNorms needs a model with trainable weights.")
-        self.layers, self._layer_of = _layers_of(self.model)
-        self.steps = []
+        model = self.model
+        outer = model.optimizer if self.optimizer is None else self.optimizer
+        if outer is None:
+            raise ValueError("The model has no optimizer to watch: pass the one that trains it, optimizer=...")
+        if not model.weights and not model.built:
+            raise ValueError(NOT_BUILT)
+        self._variables = model.trainable_variables
+        if not self._variables:
+            warnings.warn("GradientNorms: no weights are trained, so there are no gradients to record.", stacklevel=2)
+        self._names, self._layer_of = _layers_of(model.name, self._variables)
+        self.layers = list(self._names)
+        self.steps, self.epochs = [], []
         self.history = {name: [] for name in [*self.layers, "all"]}
         self.update_to_weight_ratios = {name: [] for name in [*self.layers, "all"]}
-        self._attach()
+        self._attach(model, outer)
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._optimizer is None:
-            raise ValueError("A fit takes one GradientNorms; TrainingDoctor has one, its attribute gradient_norms.")
-        # Not when training begins, because callbacks further down the list may make the training function anew then.
-        if self._attached_model.train_function != self._train:
-            self._attach_to_training_function()
-        if self._iterations_before is None:
+            raise ValueError(
+                "A fit takes one GradientNorms for an optimizer; TrainingDoctor has one, its attribute gradient_norms."
+            )
+        if self._start is None:
             # Not when training begins, because `BackupAndRestore` sets the counter then.
-            self._iterations_before = int(keras.ops.convert_to_numpy(self._iterations))
+            self._start = self._unread = self._iterations()
         self._first_of_epoch = len(self.steps)
-        self._first_step = self._first_unread = self._steps_made()
-        self._weights_before = None
+        self._first_step = self._iterations()
+        self._weights_before = self._ratios = None
 
     def on_train_batch_begin(self, batch, logs=None):
         # Everything is done here, because a callback with an `on_train_batch_end` has Keras wait for each step's logs.
         if batch == 0:
             self._weights_before = self._weights()
-        else:
+        elif self._ratios is None:
             self._compare_weights()
         step = self._first_step + batch
-        if step + self._steps_per_execution - self._first_unread > ROWS * self.every:
+        if step + self._steps_per_execution - self._unread > ROWS:
             self._read()
-            self._first_unread = step
-        self._is_due = self._may_skip or -step % self.every < self._steps_per_execution
 
     def on_epoch_end(self, epoch, logs=None):
-        self._compare_weights()
+        if self._ratios is None:
+            self._compare_weights()
         self._read()
-        for prefix, name in (("", "all"), ("first_layer_", self.layers[0]), ("last_layer_", self.layers[-1])):
-            norms = self.history[name][self._first_of_epoch :]
-            if norms:
-                logs[f"{prefix}gradient_norm_mean"] = float(np.mean(norms))
-                logs[f"{prefix}gradient_norm_max"] = float(np.max(norms))
+        if not self.epochs:
+            self._keep_what_is_trained()
+        self.epochs.append(epoch)
+        for name, ratios in self.update_to_weight_ratios.items():
+            ratios.append(self._ratios[name])
+        if not self.log:
+            return
+        ends = (self.layers[0], self.layers[-1]) if self.layers else ("all", "all")
+        for prefix, name in zip(("", "first_layer_", "last_layer_"), ("all", *ends), strict=True):
+            norms = self.history[name][self._first_of_epoch :] or [np.nan]
+            logs[f"{prefix}gradient_norm_mean"] = float(np.mean(norms))
+            logs[f"{prefix}gradient_norm_max"] = float(np.max(norms))
         logs["update_to_weight_ratio"] = self.update_to_weight_ratios["all"][-1]
 
     def on_train_end(self, logs=None):
@@ -107,135 +142,184 @@ class GradientNorms(keras.callbacks.Callback):
 
     def detach(self):
         """Leave the model and the optimizer as they were before `fit`."""
-        for target, name, function, previous in reversed(self._replaced):
-            # `compile`, or another callback, may have put something else in its place.
+        for target, name, function in reversed(self._replaced):
+            # Another callback may have put something else in its place.
             if vars(target).get(name) == function:
                 del vars(target)[name]
-                if previous is not None:
-                    setattr(target, name, previous)
-        if self._optimizer is not None and keras.backend.backend() == "jax":
-            # Private: there is no public way to remove an optimizer's variable. Tried on Keras 3.15.
-            self._optimizer._untrack_variable(self._table)
-        self._replaced, self._table, self._attached_model, self._optimizer = [], None, None, None
+        if self._optimizer is not None:
+            # A training function that another callback has had made since records too: have it made anew.
+            is_ours = self._attached_model.train_function is self._function
+            self._attached_model.train_function = self._previous_function if is_ours else None
+            if keras.backend.backend() == "jax":
+                # Private: there is no public way to remove an optimizer's variable. Tried on Keras 3.15.
+                self._optimizer._untrack_variable(self._table)
+        self._replaced = []
+        self._table = self._attached_model = self._optimizer = self._start = None
+        self._function = self._previous_function = None
 
-    def _attach(self):
+    def plot(self, path=None):
+        """Draw the norms by step, of each layer and of all together; return the figure.
+
+        Args:
+            path: file to write; its suffix tells the format, and without one it is SVG. None for no file.
+        """
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "norms", "savefig.format": "svg"}):
+            figure = Figure(figsize=(6, 3.6), layout="constrained")
+            axes = figure.subplots()
+            colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(self.layers)))
+            for name, color in zip(self.layers, colors, strict=True):
+                axes.plot(self.steps, self.history[name], color=color, linewidth=1, label=name)
+            axes.plot(self.steps, self.history.get("all", []), color="C3", label="all")
+            axes.set(xlabel="step", ylabel="gradient norm")
+            if np.any(np.array(self.history.get("all", [])) > 0):
+                axes.set_yscale("log")
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), ncols=-(-(len(self.layers) + 1) // 16))
+            if path is not None:
+                # Without a date the same norms give the same file.
+                is_svg = Path(path).suffix in ("", ".svg")
+                figure.savefig(path, metadata={"Date": None} if is_svg else None)
+        return figure
+
+    def _attach(self, model, outer):
         # On JAX, `self.model` synchronises the variables with the device, which must not happen within a step.
-        self._attached_model = model = self.model
+        self._attached_model = model
         self._steps_per_execution = model.steps_per_execution
-        outer = model.optimizer
         self._optimizer = optimizer = getattr(outer, "inner_optimizer", outer)
-        # After skipped steps the host does not know which steps are due.
-        self._may_skip = optimizer is not outer
-        # Private: the public `iterations` leaves out accumulated batches. Tried on Keras 3.15.
-        self._iterations = optimizer._iterations
-        self._iterations_before = None
         left = getattr(vars(optimizer).get("apply"), "__self__", None)
         if isinstance(left, GradientNorms):
             left.detach()
-        # The last column takes the step, and the last row those that are not due.
-        rows = np.full((ROWS + 1, len(model.trainable_variables) + 1), -1.0)
+        # A row for each step; its last column takes the step.
+        rows = np.full((ROWS, len(self._variables) + 1), -1.0)
         if keras.backend.backend() == "jax":
             # On JAX a training step can change only the variables of the model, of the metrics and of the optimizer.
             self._table = optimizer.add_variable(rows.shape, dtype="float32", name="callback_gradient_norms")
             self._table.assign(rows)
             for each in {id(outer): outer, id(optimizer): optimizer}.values():
-                self._replace(each, "save_own_variables", lambda store, which=each: _save(which, store))
-                self._replace(each, "load_own_variables", lambda store, which=each: _load(which, store))
+                # The table must not enter checkpoints.
+                for name in ("save_own_variables", "load_own_variables"):
+                    self._replace(each, name, self._without_table(getattr(each, name)))
         else:
-            self._table = keras.Variable(rows, dtype="float32", trainable=False)
+            with _scope_of(model):
+                # Each replica would write the same.
+                self._table = keras.Variable(rows, dtype="float32", trainable=False, aggregation="only_first_replica")
+        self._trained = set()
         self._apply = optimizer.apply
         self._replace(optimizer, "apply", self._record_and_apply)
-        self._is_recording = False
-
-    def _attach_to_training_function(self):
-        """Have a second training function made, which records, and take it for the steps that are due.
-
-        The other steps run as without this callback: a condition within one function would cost time at every step, and
-        would change the rounding of the updates.
-        """
-        model = self._attached_model
-        step, self._plain_function = model.train_step, model.train_function
-        self._replace(model, "train_function", self._train)
-        if keras.backend.backend() == "jax":
-            # The layout of a distributed training function's results has a place for each variable.
-            model.make_train_function(force=True)
-            self._plain_function = model.train_function
-        # A function of its own, because JAX takes what it has traced for an equal one.
-        self._replace(model, "train_step", lambda *arguments: step(*arguments))
+        # The present one, if an earlier `fit` has compiled it, does not record.
+        self._previous_function = model.train_function
         model.make_train_function(force=True)
-        self._recording_function = model.train_function
-        model.train_function = self._train
+        self._function = model.train_function
 
     def _replace(self, target, name, function):
-        self._replaced.append((target, name, function, vars(target).get(name)))
+        self._replaced.append((target, name, function))
         setattr(target, name, function)
 
-    def _train(self, *arguments):
-        if not self._is_due:
-            return self._plain_function(*arguments)
-        self._is_recording = True
-        try:
-            return self._recording_function(*arguments)
-        finally:
-            self._is_recording = False
+    def _without_table(self, function):
+        """Return a function that saves or loads the optimizer's variables as if there were no table among them."""
+        optimizer, table = self._optimizer, self._table
+
+        def save_or_load(store):
+            optimizer._untrack_variable(table)
+            try:
+                function(store)
+            finally:
+                optimizer._track_variable(table)
+
+        return save_or_load
 
     def _record_and_apply(self, gradients, trainable_variables=None):
         gradients = list(gradients)
-        if self._is_recording:
-            ours = self._attached_model.trainable_variables
-            variables = ours if trainable_variables is None else list(trainable_variables)
-            gradient_of = {id(variable): gradient for variable, gradient in zip(variables, gradients, strict=True)}
-            self._record([(variable, gradient_of.get(id(variable))) for variable in ours])
+        # Private: the variables that an optimizer is built for. Tried on Keras 3.15.
+        variables = self._optimizer._trainable_variables if trainable_variables is None else list(trainable_variables)
+        place = {id(variable): index for index, variable in enumerate(self._variables)}
+        given = {place.get(id(each)): gradient for each, gradient in zip(variables, gradients, strict=True)}
+        if None in given and len(self._attached_model.trainable_variables) > len(place):
+            raise ValueError(NOT_BUILT)
+        # Variables that are not the model's have no place.
+        given.pop(None, None)
+        self._trained |= set(given)
+        self._record(given)
         return self._apply(gradients, trainable_variables)
 
-    def _record(self, variables_and_gradients):
+    def _record(self, gradients):
         """On the device, write the sum of each gradient's squares, and the step, into the row of this step."""
         ops = keras.ops
-        step = ops.subtract(self._iterations, self._iterations_before)
-        is_due = ops.equal(ops.mod(step, self.every), 0)
-        row = ops.where(is_due, ops.mod(ops.floor_divide(step, self.every), ROWS), ROWS)
-        values = [_sum_of_squares(gradient, variable.shape) for variable, gradient in variables_and_gradients]
-        values = ops.stack([*values, ops.cast(step, "float32")])
-        row, values = ops.reshape(row, (1, 1)), ops.expand_dims(values, 0)
-        self._table.assign(ops.scatter_update(self._table, row, values))
+        present = {index: gradient for index, gradient in gradients.items() if gradient is not None}
+        present = dict(zip(present, _sum_over_replicas(list(present.values())), strict=True))
+        squares = [
+            _sum_of_squares(present[index]) if index in present else ops.zeros((), "float32")
+            for index in range(len(self._variables))
+        ]
+        # Private: the public `iterations` leaves out accumulated batches. Tried on Keras 3.15.
+        step = self._optimizer._iterations
+        values = ops.stack([*squares, ops.cast(ops.mod(step, LIMIT), "float32")])
+        # Quicker than an update of one row, which XLA makes a loop of.
+        is_row = ops.equal(ops.expand_dims(ops.arange(ROWS), 1), ops.cast(ops.mod(step, ROWS), "int32"))
+        self._table.assign(ops.where(is_row, values, ops.convert_to_tensor(self._table)))
 
-    def _steps_made(self):
+    def _iterations(self):
         # On JAX, asking for `self.model` brings the variables up to date.
         _ = self.model
-        return int(keras.ops.convert_to_numpy(self._iterations)) - self._iterations_before
+        return int(keras.ops.convert_to_numpy(self._optimizer._iterations))
 
     def _read(self):
-        """Move the recorded steps from the device into the history."""
-        first = self.steps[-1] + self.every if self.steps else 0
-        due = np.arange(first, self._steps_made(), self.every)
-        rows = keras.ops.convert_to_numpy(self._table)[due // self.every % ROWS]
+        """Move the steps that are due from the device into the history."""
+        end = self._iterations()
+        table = keras.ops.convert_to_numpy(self._table)
+        # Those before have been overwritten.
+        due = np.arange(max(self._unread, end - ROWS), end)
+        due = due[(due - self._start) % self.every == 0]
+        rows = table[due % ROWS]
         # A training step of the user's own may apply gradients more or less than once.
-        is_recorded = rows[:, -1] == due.astype("float32")
+        is_recorded = rows[:, -1] == due % LIMIT
         squares = rows[is_recorded, :-1].astype("float64")
         squares /= float(self._optimizer.loss_scale_factor or 1) ** 2
-        self.steps += due[is_recorded].tolist()
-        for name, norms in self._by_layer(squares).items():
-            self.history[name] += np.sqrt(norms).tolist()
+        self.steps += (due[is_recorded] - self._start).tolist()
+        sums = self._by_layer(squares)
+        for name, norms in self.history.items():
+            norms += np.sqrt(sums[name]).tolist()
+        if end > self._unread and table[(end - 1) % ROWS, -1] != (end - 1) % LIMIT:
+            # TensorFlow counts a step for which the data had run out, too.
+            self._start += 1
+        self._unread = end
+
+    def _keep_what_is_trained(self):
+        """After the first epoch, forget layers that the optimizer was not given, and say if it was not used."""
+        trained = {self._layer_of[index] for index in self._trained}
+        if trained:
+            self.layers = [name for index, name in enumerate(self._names) if index in trained]
+            for measured in (self.history, self.update_to_weight_ratios):
+                for name in set(self._names) - set(self.layers):
+                    del measured[name]
+        if self._variables and self._iterations() == self._first_step:
+            warnings.warn(
+                f"GradientNorms watches the optimizer {self._optimizer.name!r}, which has not made a step in the first "
+                "epoch. If another one trains the model, pass that: optimizer=...",
+                stacklevel=2,
+            )
 
     def _by_layer(self, squares):
         """Return {name of a layer or "all": sums over its variables} of an array of shape (…, variables)."""
         layer_of = np.array(self._layer_of)
-        sums = {name: squares[..., layer_of == index].sum(axis=-1) for index, name in enumerate(self.layers)}
+        sums = {name: squares[..., layer_of == index].sum(axis=-1) for index, name in enumerate(self._names)}
         return sums | {"all": squares.sum(axis=-1)}
 
     def _weights(self):
         return [np.array(keras.ops.convert_to_numpy(variable)).ravel() for variable in self.model.trainable_variables]
 
     def _compare_weights(self):
-        """After the first execution of an epoch, append the ratios of the updates to the weights."""
-        if self._weights_before is None:
+        """After the first execution of an epoch, compute the ratios of the updates to the weights."""
+        if self._weights_before is None or self._iterations() == self._first_step:
+            self._ratios = dict.fromkeys([*self._names, "all"], np.nan)
             return
         pairs = list(zip(self._weights(), self._weights_before, strict=True))
         with np.errstate(all="ignore"):
             updates = self._by_layer(np.array([_square(after - before) for after, before in pairs]))
             weights = self._by_layer(np.array([_square(before) for _, before in pairs]))
-            for name, ratios in self.update_to_weight_ratios.items():
-                ratios.append(float(np.sqrt(updates[name] / weights[name])))
+            self._ratios = {name: float(np.sqrt(updates[name] / weights[name])) for name in updates}
         self._weights_before = None
 
 
@@ -244,20 +328,45 @@ def _square(vector):
     return float(np.dot(vector, vector))
 
 
-def _sum_of_squares(gradient, shape):
-    if gradient is None:
-        return keras.ops.zeros((), "float32")
+def _sum_of_squares(gradient):
+    ops = keras.ops
     if keras.backend.backend() == "tensorflow" and hasattr(gradient, "indices"):
         # The gradient of an embedding has a row for each use: the rows of one token are to be added up.
-        gradient = keras.ops.scatter(keras.ops.expand_dims(gradient.indices, -1), gradient.values, shape)
-    return keras.ops.sum(keras.ops.square(keras.ops.cast(gradient, "float32")))
+        order = ops.argsort(gradient.indices)
+        indices = ops.take(gradient.indices, order)
+        is_new = ops.cast(ops.not_equal(indices[1:], indices[:-1]), "int32")
+        tokens = ops.concatenate([ops.zeros((1,), "int32"), ops.cumsum(is_new)])
+        values = ops.take(gradient.values, order, axis=0)
+        gradient = ops.segment_sum(values, tokens, num_segments=ops.shape(indices)[0])
+    squares = ops.square(ops.cast(gradient, "float32"))
+    if len(squares.shape) < 2:
+        return ops.sum(squares)
+    # In two stages, because XLA adds up a long array number by number; by the root it cannot make one of the two.
+    return ops.sum(ops.square(ops.sqrt(ops.sum(squares, axis=tuple(range(len(squares.shape) - 1))))))
 
 
-def _layers_of(model):
+def _sum_over_replicas(gradients):
+    """Return the gradients of the whole batch, where each replica has that of its share."""
+    if keras.backend.backend() != "tensorflow" or not gradients:
+        return gradients
+    import tensorflow as tf
+
+    if tf.distribute.get_strategy().num_replicas_in_sync == 1:
+        return gradients
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+
+
+def _scope_of(model):
+    # With TensorFlow, the variables of a distributed model are to be made where its own are.
+    strategy = getattr(model, "distribute_strategy", None)
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+def _layers_of(model, variables):
     """Return the names of the layers that own trainable weights, in order, and each weight's index among them."""
     names, paths, layer_of = [], [], []
-    for variable in model.trainable_variables:
-        name = variable.path.removeprefix(f"{model.name}/").rpartition("/")[0] or variable.name
+    for variable in variables:
+        name = variable.path.removeprefix(f"{model}/").rpartition("/")[0] or variable.name
         # Weights of one layer follow each other. A path that comes again is that of another layer of the same name.
         if not names or names[-1] != name or variable.path in paths:
             names.append(name)
@@ -266,21 +375,3 @@ def _layers_of(model):
         layer_of.append(len(names) - 1)
     numbered = [f"{name}_{names[: index + 1].count(name)}" for index, name in enumerate(names)]
     return [name if names.count(name) == 1 else number for name, number in zip(names, numbered, strict=True)], layer_of
-
-
-def _own_variables(optimizer):
-    """Return the optimizer's variables without those that callbacks of this collection add during `fit`."""
-    return [variable for variable in optimizer.variables if not variable.name.startswith("callback_")]
-
-
-def _save(optimizer, store):
-    for index, variable in enumerate(_own_variables(optimizer)):
-        store[str(index)] = keras.ops.convert_to_numpy(variable)
-
-
-def _load(optimizer, store):
-    variables = _own_variables(optimizer)
-    if len(store.keys()) != len(variables):
-        raise ValueError(f"The checkpoint has {len(store.keys())} optimizer variables, the optimizer {len(variables)}.")
-    for index, variable in enumerate(variables):
-        variable.assign(store[str(index)])

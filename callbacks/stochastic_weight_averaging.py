@@ -2,6 +2,8 @@
 
 import collections.abc
 import contextlib
+import copy
+import numbers
 import warnings
 from pathlib import Path
 
@@ -21,7 +23,8 @@ class StochasticWeightAveraging(keras.callbacks.Callback):
         >>> loss_of_the_last_weights, accuracy_of_the_last_weights = model.evaluate(x, y, verbose=0)
 
     Epochs count from 0, as in `on_epoch_end`: with `epochs=5` and `start_epoch=2` three models are averaged, those of
-    epochs 2, 3 and 4. The `logs` of each epoch receive `averaged_models`, the number of models in the average so far.
+    epochs 2, 3 and 4. An epoch without a step, because the data had run out, gives no model. The `logs` of each epoch
+    receive `averaged_models`, the number of models in the average so far.
     Until training ends the model is as without this callback; validation figures and checkpoints are those of the
     weights being trained.
 
@@ -41,6 +44,10 @@ class StochasticWeightAveraging(keras.callbacks.Callback):
     there is none, it deletes what lies in the folder from another training, begins a new average, and warns if epochs
     from `start_epoch` on are missing in it. When training ends normally the saves are deleted.
 
+    A training that is not to be resumed, stopped by Ctrl-C or an error, leaves the weights being trained in the model;
+    `model.set_weights(averaging.average())` puts the average so far there. A copy or a pickle has the average without
+    the model, and a pickle has `data` only if that is arrays.
+
     Attributes:
         other_weights: list of NumPy arrays, as `model.get_weights()` gives it, that `swap()` puts into the model: when
             training has ended, the last weights with their batch-norm statistics. None before, and if no weights were
@@ -58,20 +65,26 @@ class StochasticWeightAveraging(keras.callbacks.Callback):
             normalisation that is trained. Arrays are cut into batches in their order: shuffle them if they are sorted.
         backup_dir: folder of its own for resuming; None for no saves.
         batch_size: examples in a batch where `data` is arrays, a positive integer: that of `fit`.
+        log: whether the `logs` receive the number of models.
 
     Raises:
         ValueError: an argument is out of its range; `data` is a list or an iterator, or has no end. From `fit`: the
             model has batch normalisation that is trained, and there is no `data`, or it has `renorm=True`; `data`
-            gives no batch; what is saved in `backup_dir` belongs to another model.
+            gives no batch, or one that the model cannot be run on (the first is tried when training begins); what is
+            saved in `backup_dir` belongs to another model.
 
     Source: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization", arXiv:1803.05407.
     """
 
-    def __init__(self, start_epoch, data=None, backup_dir=None, batch_size=32):
+    # Has Keras call `on_train_batch_end` in a thread of its own, while training goes on, where the backend allows it.
+    # Not documented, and tried on Keras 3.15.
+    async_safe = True
+
+    def __init__(self, start_epoch, data=None, backup_dir=None, batch_size=32, *, log=True):
         super().__init__()
-        if not isinstance(start_epoch, int) or start_epoch < 0:
+        if not isinstance(start_epoch, numbers.Integral) or start_epoch < 0:
             raise ValueError(f"start_epoch must be an integer of at least 0, not {start_epoch!r}.")
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
             raise ValueError(f"batch_size must be a positive integer, not {batch_size!r}.")
         if isinstance(data, (list, collections.abc.Iterator)):
             raise ValueError(
@@ -79,11 +92,23 @@ class StochasticWeightAveraging(keras.callbacks.Callback):
             )
         if _is_endless(data):
             raise ValueError("data must end after one pass over the training data, without repeat().")
-        self.start_epoch = start_epoch
+        self.start_epoch = int(start_epoch)
         self.data = data
         self.backup_dir = None if backup_dir is None else Path(backup_dir)
-        self.batch_size = batch_size
+        self.batch_size = int(batch_size)
+        self.log = log
         self.other_weights = None
+        self._count, self._sums = 0, None
+
+    def __getstate__(self):
+        are_arrays = self.data is None or _are_arrays(keras.utils.unpack_x_y_sample_weight(self.data)[0])
+        return vars(self) | {"_model": None, "data": self.data if are_arrays else None}
+
+    def __deepcopy__(self, memo):
+        copied = type(self).__new__(type(self))
+        # Data are not copied, which data sets do not allow.
+        vars(copied).update(copy.deepcopy(vars(self) | {"_model": None, "data": None}, memo), data=self.data)
+        return copied
 
     def on_train_begin(self, logs=None):
         self._check_data()
@@ -91,7 +116,11 @@ class StochasticWeightAveraging(keras.callbacks.Callback):
         self._count, self._sums = 0, None
         self._begun = False
 
+    def on_train_batch_end(self, batch, logs=None):
+        self._has_steps = True
+
     def on_epoch_begin(self, epoch, logs=None):
+        self._has_steps = False
         # Only here is it known at which epoch this `fit` begins: BackupAndRestore decides it after `on_train_begin`.
         if self._begun:
             return
@@ -104,17 +133,19 @@ class StochasticWeightAveraging(keras.callbacks.Callback):
             )
 
     def on_epoch_end(self, epoch, logs=None):
-        if epoch >= self.start_epoch:
+        if not self._is_checked:
+            # For layers that are made when the first batch builds the model.
+            self._check_data()
+        if epoch >= self.start_epoch and self._has_steps:
             weights = [_to_float64(variable) for variable in self.model.trainable_variables]
             if self._sums is None:
-                # Again, for layers that are made when the first batch builds the model.
-                self._check_data()
                 self._sums = [np.zeros_like(weight) for weight in weights]
             for total, weight in zip(self._sums, weights, strict=True):
                 total += weight
             self._count += 1
             self._save(epoch + 1)
-        logs["averaged_models"] = self._count
+        if self.log:
+            logs["averaged_models"] = self._count
 
     def on_train_end(self, logs=None):
         if not self._begun:
@@ -122,17 +153,33 @@ class StochasticWeightAveraging(keras.callbacks.Callback):
             self._resume(self.params["epochs"])
         if self._count:
             self.other_weights = _copy_weights(self.model)
-            for variable, total in zip(self.model.trainable_variables, self._sums, strict=True):
-                variable.assign(total / self._count)
-            self._recompute_statistics()
+            self._assign_average()
         else:
             warnings.warn(
                 f"Training ended before start_epoch={self.start_epoch} (counted from 0) did: "
                 "no weights were averaged, and the model keeps its last weights.",
                 stacklevel=2,
             )
-        self._sums = None
         self._delete_saves()
+
+    def average(self):
+        """Return the average so far, as `model.get_weights()` gives it, and leave the model as it is.
+
+        Where the model has batch normalisation, its statistics are recomputed for the average, by a pass over `data`.
+
+        Raises:
+            ValueError: no weights have been averaged.
+        """
+        if not self._count:
+            raise ValueError(
+                f"No weights have been averaged: no epoch from start_epoch={self.start_epoch} on has ended."
+            )
+        weights = _copy_weights(self.model)
+        try:
+            self._assign_average()
+            return _copy_weights(self.model)
+        finally:
+            self.model.set_weights(weights)
 
     def swap(self):
         """Exchange the weights of the model, batch-norm statistics included, with `other_weights`.
@@ -146,7 +193,14 @@ class StochasticWeightAveraging(keras.callbacks.Callback):
         self.model.set_weights(self.other_weights)
         self.other_weights = weights
 
+    def _assign_average(self):
+        for variable, total in zip(self.model.trainable_variables, self._sums, strict=True):
+            variable.assign(total / self._count)
+        self._recompute_statistics()
+
     def _check_data(self):
+        """Refuse data that would fail when training is over."""
+        self._is_checked = self.model.built
         normalisations = _batch_normalisations(self.model)
         if normalisations and self.data is None:
             raise ValueError(
@@ -156,6 +210,20 @@ class StochasticWeightAveraging(keras.callbacks.Callback):
         for layer in normalisations:
             if layer.renorm:
                 raise ValueError(f"{layer.name!r} has renorm=True, whose statistics cannot be recomputed in one pass.")
+        if normalisations and self._is_checked:
+            inputs = next(_batches(self.data, self.batch_size), None)
+            if inputs is None:
+                raise ValueError("data gives no batch to recompute the batch-norm statistics from.")
+            try:
+                # In this scope no variable changes. In inference mode, because in training PyTorch's dropout draws from
+                # a generator that everything shares.
+                with keras.StatelessScope():
+                    self.model(inputs, training=False)
+            except Exception as error:
+                shapes = [tuple(getattr(array, "shape", ())) for array in keras.tree.flatten(inputs)]
+                raise ValueError(
+                    f"The model cannot be run on the first batch of data, of shapes {shapes}: {error}"
+                ) from error
 
     def _recompute_statistics(self):
         """Make each moving mean and variance the equal average of the batches' moments over one pass."""
@@ -168,6 +236,11 @@ class StochasticWeightAveraging(keras.callbacks.Callback):
         values = [np.array(keras.ops.convert_to_numpy(variable)) for variable in others]
         batches = 0
         with contextlib.ExitStack() as stack:
+            if keras.backend.backend() == "torch":
+                import torch
+
+                # Dropout draws from the generator that everything shares.
+                stack.enter_context(torch.random.fork_rng())
             for layer in normalisations:
                 stack.enter_context(_averaging(layer))
             try:
@@ -257,14 +330,17 @@ def _averaging(layer):
 def _batches(data, batch_size):
     """Yield the inputs of each batch."""
     inputs = keras.utils.unpack_x_y_sample_weight(data)[0]
-    arrays = keras.tree.flatten(inputs)
-    if all(hasattr(array, "shape") for array in arrays):
-        for start in range(0, len(arrays[0]), batch_size):
+    if _are_arrays(inputs):
+        for start in range(0, len(keras.tree.flatten(inputs)[0]), batch_size):
             part = slice(start, start + batch_size)
             yield keras.tree.map_structure(lambda array, part=part: array[part], inputs)
     else:
         for batch in data:
             yield keras.utils.unpack_x_y_sample_weight(batch)[0]
+
+
+def _are_arrays(inputs):
+    return all(hasattr(array, "shape") for array in keras.tree.flatten(inputs))
 
 
 def _is_endless(data):

@@ -20,12 +20,12 @@ INPUTS = np.random.default_rng(0).normal(size=(96, 4)).astype("float32")
 TARGETS = (INPUTS.sum(axis=1) > 0).astype("float32")
 
 
-def new_model():
+def new_model(optimizer="adam"):
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [keras.Input((4,)), keras.layers.Dense(8, activation="relu"), keras.layers.Dense(1, activation="sigmoid")]
     )
-    model.compile("adam", "binary_crossentropy", metrics=["accuracy"])
+    model.compile(optimizer, "binary_crossentropy", metrics=["accuracy"])
     return model
 
 
@@ -72,6 +72,8 @@ MEASURED = {
         lambda: callbacks.StochasticWeightAveraging(start_epoch=1),
         lambda averaging: {"averaged_models": [0, 1]},
     ),
+    # It measures nothing.
+    "SwapScheduleFreeWeights": (lambda: callbacks.SwapScheduleFreeWeights(), lambda swapping: {}),
     "TrainingDoctor": (
         lambda: callbacks.TrainingDoctor(INPUTS, every=1),
         lambda doctor: (
@@ -132,13 +134,15 @@ print(sorted(new & {{"seaborn", "matplotlib", "pandas", "rich", "tensorflow_data
 
 @pytest.mark.parametrize("callback", [each for each in CALLBACKS if issubclass(each, keras.callbacks.Callback)])
 def test_what_it_measures_reaches_history_the_csv_file_and_tensorboard(callback, tmp_path):
-    make, measured = MEASURED[callback.__name__]
+    callback_name = callback.__name__
+    make, measured = MEASURED[callback_name]
     callback = make()
     loggers = [
         keras.callbacks.CSVLogger(tmp_path / "log.csv"),
         keras.callbacks.TensorBoard(tmp_path, write_graph=False),
     ]
-    history = new_model().fit(INPUTS, TARGETS, 8, epochs=2, verbose=0, callbacks=[callback, *loggers]).history
+    optimizer = "schedulefreeadamw" if callback_name == "SwapScheduleFreeWeights" else "adam"
+    history = new_model(optimizer).fit(INPUTS, TARGETS, 8, epochs=2, verbose=0, callbacks=[callback, *loggers]).history
     with (tmp_path / "log.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     scalars = read_tensorboard(tmp_path / "train")

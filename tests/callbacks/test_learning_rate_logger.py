@@ -1,7 +1,11 @@
+import copy
 import doctest
+import pickle
+import xml.etree.ElementTree as ElementTree
 
 import keras
 import numpy as np
+import pandas
 import pytest
 from keras import layers, ops
 
@@ -46,7 +50,7 @@ class Weights(keras.callbacks.Callback):
         self.values, self.rates = [], []
 
     def record(self):
-        self.values.append(float(self.model.trainable_variables[0].numpy()[0, 0]))
+        self.values.append(float(ops.convert_to_numpy(self.model.trainable_variables[0])[0, 0]))
 
     def on_train_batch_begin(self, batch, logs=None):
         self.record()
@@ -93,6 +97,11 @@ def network(optimizer="adam", **arguments):
     model.compile(optimizer, "binary_crossentropy", metrics=["accuracy"], **arguments)
     model.optimizer.build(model.trainable_variables)
     return model
+
+
+STEPS_AT_ONCE = pytest.mark.skipif(
+    keras.backend.backend() == "torch", reason="on PyTorch, Keras executes steps one by one"
+)
 
 
 def used(weights):
@@ -201,6 +210,7 @@ def test_float_replaced_by_a_schedule_between_fits():
     assert rates.history == pytest.approx([0.1, 0.1 / 2, 0.1 / 3])
 
 
+@STEPS_AT_ONCE
 @pytest.mark.parametrize("rate", [0.5, Reciprocal()], ids=["float", "schedule"])
 def test_several_steps_an_execution_have_an_entry_each(rate):
     model, rates = unit_gradient(rate, steps_per_execution=2), LearningRateLogger()
@@ -274,7 +284,7 @@ def test_training_is_bit_identical_with_and_without_it(rate):
     def weights(*callbacks):
         model = network(keras.optimizers.Adam(rate))
         model.fit(INPUTS, TARGETS, epochs=2, verbose=0, callbacks=list(callbacks))
-        return model.get_weights() + [variable.numpy() for variable in model.optimizer.variables]
+        return model.get_weights() + [ops.convert_to_numpy(variable) for variable in model.optimizer.variables]
 
     for with_it, without in zip(weights(LearningRateLogger()), weights(), strict=True):
         np.testing.assert_array_equal(with_it, without)
@@ -293,7 +303,7 @@ def test_nothing_is_left_on_the_variable_after_fit_nor_after_detach():
         fit_ones(model, rates, Fail())
     # What is left still assigns.
     model.optimizer.learning_rate = 0.125
-    assert float(model.optimizer.learning_rate.numpy()) == 0.125
+    assert float(ops.convert_to_numpy(model.optimizer.learning_rate)) == 0.125
     rates.detach()
     assert set(vars(model.optimizer.learning_rate)) == attributes
     with pytest.raises(RuntimeError, match="stop"):
@@ -304,8 +314,9 @@ def test_nothing_is_left_on_the_variable_after_fit_nor_after_detach():
 
 
 def test_asynchronous_dispatch_stays_on():
-    # Keras turns it off for callbacks that override this method.
-    assert LearningRateLogger.on_train_batch_end is keras.callbacks.Callback.on_train_batch_end
+    # Private: Keras turns it off for callbacks that have an `on_train_batch_end` and do not say that they allow it.
+    is_on = [keras.callbacks.CallbackList(callbacks)._async_train for callbacks in ([LearningRateLogger()], None)]
+    assert is_on[0] == is_on[1]
 
 
 def test_rate_is_logged_for_callbacks_after_it(tmp_path):
@@ -314,6 +325,103 @@ def test_rate_is_logged_for_callbacks_after_it(tmp_path):
     header, *rows = (tmp_path / "log.csv").read_text().split()
     column = header.split(",").index("learning_rate")
     assert [float(row.split(",")[column]) for row in rows] == [0.5, 0.5]
+
+
+# Data that end early
+
+
+class Steps(keras.callbacks.Callback):
+    """Records the batches that were trained, by epoch."""
+
+    def on_train_begin(self, logs=None):
+        self.made = {}
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.made[epoch] = 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.made[list(self.made)[-1]] += 1
+
+
+@pytest.mark.filterwarnings("ignore:.*ran out of data")
+@pytest.mark.parametrize("arguments", [{"epochs": 3}, {"epochs": 4, "steps_per_epoch": 3}], ids=str)
+@pytest.mark.parametrize("rate", [0.5, Reciprocal()], ids=["float", "schedule"])
+def test_data_that_end_early(rate, arguments):
+    ones = np.ones((4, 1), "float32")
+    model, rates, steps, weights = unit_gradient(rate), LearningRateLogger(), Steps(), Weights()
+    by_hand = [SetByHand({2: 0.25, 5: 0.125, 7: 0.0625})] if rate == 0.5 else []
+    data = ((ones, ones) for _ in range(7))
+    logs = model.fit(data, verbose=0, callbacks=[*by_hand, rates, steps, weights], **arguments).history
+    assert len(rates.history) == sum(steps.made.values())
+    changes = -np.diff(weights.values)
+    # A step that was begun when the data had run out changed nothing.
+    np.testing.assert_allclose(rates.history, changes[changes > 1e-9], rtol=1e-4)
+    assert len(pandas.DataFrame(logs)) == len(steps.made)
+    ends = np.cumsum(list(steps.made.values()))
+    expected = [rates.history[end - 1] for end, made in zip(ends, steps.made.values(), strict=True) if made]
+    assert [
+        value for value, made in zip(logs["learning_rate"], steps.made.values(), strict=True) if made
+    ] == pytest.approx(expected)
+
+
+def test_every_key_is_in_the_logs_of_every_epoch_with_seldom_validation():
+    ones = np.ones((12, 1), "float32")
+    logs = fit_ones(unit_gradient(), LearningRateLogger(), validation_data=(ones, ones), validation_freq=2, epochs=4)
+    assert logs.history["learning_rate"] == pytest.approx([0.1] * 4)
+
+
+# Several optimizers: those of a `train_step` are tested with `OneCycle`
+
+
+def test_members_of_a_multi_optimizer():
+    def multi_optimizer():
+        first, second = keras.optimizers.SGD(0.5), keras.optimizers.SGD(Reciprocal())
+        return keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(first, {".*bias": second}))
+
+    model = network(multi_optimizer())
+    with pytest.raises(ValueError, match="a MultiOptimizer has several: pass one of them"):
+        model.fit(INPUTS, TARGETS, verbose=0, callbacks=[LearningRateLogger()])
+    loggers = [LearningRateLogger(optimizer=member, log=False) for member in model.optimizer.optimizers]
+    history = model.fit(INPUTS, TARGETS, epochs=2, verbose=0, callbacks=loggers).history
+    by_name = sorted(loggers, key=lambda logger: logger.history[-1])
+    np.testing.assert_allclose(by_name[0].history, 0.1 / np.arange(1, 7), rtol=1e-5)
+    assert by_name[1].history == [0.5] * 6
+    assert "learning_rate" not in history
+
+
+def test_optimizer_that_does_not_train_is_told_after_the_first_epoch():
+    rates = LearningRateLogger(optimizer=keras.optimizers.SGD(0.25, name="idle"))
+    with pytest.warns(UserWarning, match="watches the optimizer 'idle', which has not made a step") as warnings:
+        logs = fit_ones(unit_gradient(), rates).history
+    assert sum("'idle'" in str(warning.message) for warning in warnings) == 1
+    assert rates.history == []
+    assert logs["learning_rate"] == [0.25] * 2
+
+
+# Drawn and copied
+
+
+def test_picture_shows_the_rate_of_each_step(tmp_path):
+    rates = LearningRateLogger()
+    fit_ones(unit_gradient(Reciprocal()), rates)
+    figure = rates.plot(tmp_path / "rates.svg")
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), rates.history)
+    texts = {element.text for element in ElementTree.parse(tmp_path / "rates.svg").iter() if element.text}
+    assert {"step", "learning rate"} <= texts
+    rates.plot(str(tmp_path / "rates.png"))
+    assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("rate", [0.5, Reciprocal()], ids=["float", "schedule"])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda rates: pickle.loads(pickle.dumps(rates))])
+def test_copies_and_pickles_have_the_rates_and_serve_again(rate, duplicate):
+    model = unit_gradient(rate)
+    rates = LearningRateLogger(optimizer=model.optimizer)
+    fit_ones(model, rates)
+    again = duplicate(rates)
+    assert again.history == rates.history
+    fit_ones(unit_gradient(0.25), again)
+    assert again.history == [0.25] * 6
 
 
 def test_rate_that_is_a_function_is_refused():

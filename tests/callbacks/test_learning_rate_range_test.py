@@ -1,5 +1,7 @@
+import copy
 import doctest
 import itertools
+import pickle
 import random
 import subprocess
 import sys
@@ -90,7 +92,7 @@ def test_rates_rise_by_one_factor_from_low_to_high():
 
     class Spy(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
-            applied.append(float(self.model.optimizer.learning_rate))
+            applied.append(float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)))
 
     finder = LearningRateRangeTest(1e-4, 1e-2, steps=25)
     fit(linear_model(), finder, Spy())
@@ -339,6 +341,260 @@ def test_generator_that_unseeded_random_calls_share_is_restored(drawn_before, ru
     assert results[0][1] == results[1][1]
 
 
+class Counting(layers.Layer):
+    """Holds variables in a list, a dict and, on TensorFlow, of its own kind, and changes them in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = [keras.Variable(0.0, trainable=False), {"second": keras.Variable(0.0, trainable=False)}]
+        if keras.backend.backend() == "tensorflow":
+            import tensorflow as tf
+
+            self.raw = tf.Variable(0.0, trainable=False)
+
+    def call(self, inputs, training=False):
+        if training:
+            for count in (self.counts[0], self.counts[1]["second"], *([self.raw] if hasattr(self, "raw") else [])):
+                count.assign(count + 1.0)
+        return inputs
+
+
+def stateful():
+    """Return a model with states that are not among `model.variables`."""
+    keras.utils.set_random_seed(0)
+    recurrent = layers.LSTM(3, stateful=True)
+    counting, spectral = Counting(), layers.SpectralNormalization(layers.Dense(1))
+    model = keras.Sequential(
+        [
+            keras.Input((4,), batch_size=8),
+            layers.Reshape((4, 1)),
+            recurrent,
+            layers.BatchNormalization(),
+            counting,
+            spectral,
+        ]
+    )
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    model.optimizer.build(model.trainable_variables)
+    raw = [counting.raw] if hasattr(counting, "raw") else []
+    held = [*recurrent.states, counting.counts[0], counting.counts[1]["second"], *raw]
+    return model, lambda: [np.array(keras.ops.convert_to_numpy(variable)) for variable in [*held, *model.variables]]
+
+
+def test_states_that_are_not_among_the_variables_are_restored():
+    model, states = stateful()
+    model.fit(INPUTS[:24], TARGETS[:24], batch_size=8, verbose=0)
+    before = states()
+    seen = []
+
+    class Spy(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            seen.append(states())
+
+    callbacks = [LearningRateRangeTest(1e-3, 1.0, steps=24), Spy()]
+    model.fit(INPUTS, TARGETS, batch_size=8, epochs=20, verbose=0, callbacks=callbacks)
+    if keras.backend.backend() != "jax":
+        # On JAX, a compiled step does not change what is not among the variables.
+        assert not any(map(np.array_equal, seen[-1][:3], before[:3]))
+    for after, value in zip(states(), before, strict=True):
+        np.testing.assert_array_equal(after, value)
+
+
+def test_buffers_of_a_module_of_pytorch_are_restored():
+    torch = pytest.importorskip("torch")
+    if keras.backend.backend() != "torch":
+        pytest.skip("is of PyTorch")
+    module = torch.nn.BatchNorm1d(4)
+    model = keras.Sequential([keras.Input((4,)), layers.TorchModuleWrapper(module), layers.Dense(1)])
+    model.compile("sgd", "mse")
+    before = module.running_mean.clone()
+    seen = []
+
+    class Spy(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            seen.append(module.running_mean.clone())
+
+    fit(model, LearningRateRangeTest(1e-3, 1.0, steps=24), Spy())
+    assert not torch.equal(seen[-1], before)
+    assert torch.equal(module.running_mean, before)
+
+
+class LeaveWeights(keras.callbacks.Callback):
+    """Puts weights into the model when training ends."""
+
+    def on_train_end(self, logs=None):
+        self.model.set_weights([np.ones_like(weight) for weight in self.model.get_weights()])
+        random.random()
+
+
+@pytest.mark.parametrize(
+    "make_other",
+    [
+        lambda: keras.callbacks.EarlyStopping("loss", restore_best_weights=True, start_from_epoch=0),
+        LeaveWeights,
+        lambda: keras.callbacks.SwapEMAWeights(swap_on_epoch=True),
+    ],
+    ids=["early stopping", "weights", "exponential average"],
+)
+def test_callbacks_after_it_leave_nothing_in_the_model(make_other):
+    # On JAX, Keras 3.15 cannot fit twice with an exponential average: weights and average then share their memory.
+    model = build_model(keras.optimizers.Adam(0.01, use_ema=True))
+    model.optimizer.build(model.trainable_variables)
+    if keras.backend.backend() == "jax":
+        fit(model, epochs=0)
+    else:
+        fit(model, epochs=1)
+    before = snapshot(model)
+    history = fit(model, LearningRateRangeTest(1e-3, 1.0, steps=24), make_other())
+    assert_equal(snapshot(model), before)
+    assert "on_train_end" not in vars(history)
+
+
+def test_callbacks_after_it_see_the_restored_model():
+    model = build_model()
+    model.optimizer.build(model.trainable_variables)
+    before, seen = snapshot(model), []
+
+    class Spy(keras.callbacks.Callback):
+        def on_train_end(self, logs=None):
+            seen.append(snapshot(self.model))
+
+    fit(model, LearningRateRangeTest(1e-3, 1.0, steps=24), Spy())
+    for one, other in zip(seen[0][0], before[0], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+class TwoOptimizers(keras.Model):
+    """Trains its two layers with optimizers of their own, and logs no loss of that name."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = layers.Dense(3), layers.Dense(1)
+        self.first_optimizer = keras.optimizers.Adam(0.01)
+        self.others = [keras.optimizers.Adam(0.01)]
+
+    def call(self, inputs):
+        return self.second(self.first(inputs))
+
+    def train_step(self, data):
+        x, y = data
+        for layer, optimizer in ((self.first, self.first_optimizer), (self.second, self.others[0])):
+            loss, gradients = self.gradients(x, y, layer.trainable_variables)
+            optimizer.apply(gradients, layer.trainable_variables)
+        return {"error": loss, "per example": keras.ops.stack([loss, loss])}
+
+    def gradients(self, x, y, variables):
+        def compute():
+            return keras.ops.mean((self(x)[:, 0] - y) ** 2)
+
+        if keras.backend.backend() == "tensorflow":
+            import tensorflow as tf
+
+            with tf.GradientTape() as tape:
+                loss = compute()
+            return loss, tape.gradient(loss, variables)
+        import torch
+
+        loss = compute()
+        return loss.detach(), torch.autograd.grad(loss, [variable.value for variable in variables])
+
+
+def two_optimizers(is_built=True):
+    keras.utils.set_random_seed(0)
+    model = TwoOptimizers()
+    model(INPUTS[:1])
+    model.compile("adam", run_eagerly=True)
+    if is_built:
+        model.first_optimizer.build(model.first.trainable_variables)
+        model.others[0].build(model.second.trainable_variables)
+    return model
+
+
+NOT_ON_JAX = pytest.mark.skipif(
+    keras.backend.backend() == "jax", reason="on JAX, fit carries the state of one optimizer only"
+)
+
+
+@NOT_ON_JAX
+@pytest.mark.parametrize("monitor", ["error", "per example"])
+def test_one_of_several_optimizers_is_raised_and_all_are_restored(monitor):
+    model = two_optimizers()
+    optimizers = [model.first_optimizer, model.others[0]]
+
+    def state():
+        variables = [*model.variables, *(variable for optimizer in optimizers for variable in optimizer.variables)]
+        return [np.array(keras.ops.convert_to_numpy(variable)) for variable in variables]
+
+    before, rates = state(), []
+
+    class Spy(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            rates.append([float(keras.ops.convert_to_numpy(optimizer.learning_rate)) for optimizer in optimizers])
+
+    finder = LearningRateRangeTest(1e-4, 1e-2, steps=24, monitor=monitor, optimizer=model.first_optimizer)
+    fit(model, finder, Spy())
+    np.testing.assert_allclose(np.array(rates)[:, 0], np.geomspace(1e-4, 1e-2, 24), rtol=1e-5)
+    np.testing.assert_allclose(np.array(rates)[:, 1], 0.01)
+    assert len(finder.losses) == 24
+    for after, value in zip(state(), before, strict=True):
+        np.testing.assert_array_equal(after, value)
+
+
+@NOT_ON_JAX
+def test_what_cannot_be_tested_with_several_optimizers_is_told():
+    model = two_optimizers()
+    before = model.get_weights()[0].copy()
+    with pytest.raises(ValueError, match="The logs have no 'loss', but error, per example"):
+        fit(model, LearningRateRangeTest(1e-4, 1e-2, steps=24))
+    np.testing.assert_array_equal(model.get_weights()[0], before)
+    with pytest.warns(UserWarning, match="rate of the optimizer 'adam.*', which has not made a step"):
+        fit(model, LearningRateRangeTest(1e-4, 1e-2, steps=24, monitor="error"))
+    with pytest.raises(ValueError, match=r"optimizer 'adam.*' is not built.* build\(variables\)"):
+        fit(two_optimizers(is_built=False), LearningRateRangeTest(1e-4, 1e-2, steps=24))
+
+
+def test_multi_optimizer_is_refused_and_its_members_are_not():
+    def multi_optimizer():
+        first, second = keras.optimizers.SGD(0.1), keras.optimizers.SGD(0.2)
+        return keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(first, {".*bias": second}))
+
+    model = build_model(multi_optimizer())
+    with pytest.raises(ValueError, match="several: pass one of them"):
+        fit(model, LearningRateRangeTest(1e-4, 1e-2, steps=24))
+    finder = LearningRateRangeTest(1e-4, 1e-2, steps=24, optimizer=model.optimizer.optimizers[0])
+    fit(model, finder)
+    rates = [float(keras.ops.convert_to_numpy(each.learning_rate)) for each in model.optimizer.optimizers]
+    assert rates == pytest.approx([0.2, 0.1])
+    assert len(finder.losses) == 24
+
+
+@pytest.mark.filterwarnings("ignore:.*ran out of data")
+def test_data_that_end_early_give_as_many_rates_as_losses():
+    data = ((INPUTS[:32], TARGETS[:32]) for _ in range(22))
+    finder = LearningRateRangeTest(1e-4, 1e-2, steps=30)
+    history = linear_model().fit(data, epochs=9, steps_per_epoch=5, verbose=0, callbacks=[finder]).history
+    assert len(finder.losses) == len(finder.learning_rates)
+    assert finder.learning_rates == pytest.approx(np.geomspace(1e-4, 1e-2, 30)[: len(finder.losses)])
+    assert len(history["learning_rate"]) == len(history["loss"])
+
+
+def test_log_false_keeps_it_out_of_the_logs():
+    finder = LearningRateRangeTest(1e-4, 1e-2, steps=np.int64(24), log=False)
+    assert set(fit(linear_model(), finder).history) == {"loss"}
+    assert len(finder.losses) == 24
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda finder: pickle.loads(pickle.dumps(finder))])
+def test_copies_and_pickles_have_what_was_measured_and_serve_again(duplicate):
+    model = linear_model()
+    finder = LearningRateRangeTest(1e-3, 1.0, steps=24, optimizer=model.optimizer)
+    fit(model, finder, shuffle=False)
+    again = duplicate(finder)
+    assert (again.losses, again.learning_rates) == (finder.losses, finder.learning_rates)
+    fit(model, again, shuffle=False)
+    assert again.losses == pytest.approx(finder.losses)
+
+
 class Failure(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         if len(self.finder.losses) == 10:
@@ -418,7 +674,7 @@ def test_several_steps_per_execution_are_refused():
 def test_unbuilt_model_is_refused():
     model = keras.Sequential([layers.Dense(1)])
     model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match="not built.*keras.Input"):
+    with pytest.raises(ValueError, match=r"is not built.*call `model\(x\[:1\]\)`.*keras.Input"):
         fit(model, LearningRateRangeTest(1e-6, 1.0, steps=24))
 
 
@@ -434,7 +690,9 @@ def test_picture_shows_the_curve_and_the_suggestion(tmp_path):
     steps = np.arange(100)
     losses = 1 + 1 / (1 + np.exp((steps - 50) / 4)) + 0.05 * np.maximum(steps - 75, 0)
     finder = with_losses(losses)
-    finder.plot(tmp_path / "finder.svg")
+    figure = finder.plot(tmp_path / "finder.svg")
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), finder.losses)
+    assert finder.plot().axes[0].get_xscale() == "log"
     texts = {element.text for element in ElementTree.parse(tmp_path / "finder.svg").iter() if element.text}
     expected = {"learning rate", "loss", "one batch", "mean of 11 batches", f"suggestion: {finder.suggestion:.2g}"}
     assert expected <= texts
@@ -460,5 +718,5 @@ def test_example_in_the_docstring_runs():
     names["LearningRateRangeTest"] = LearningRateRangeTest
     for example in doctest.DocTestParser().get_examples(LearningRateRangeTest.__doc__):
         exec(example.source, names)
-    assert float(model.optimizer.learning_rate) == pytest.approx(names["finder"].suggestion)
+    assert float(keras.ops.convert_to_numpy(model.optimizer.learning_rate)) == pytest.approx(names["finder"].suggestion)
     assert len(names["finder"].losses) <= 60

@@ -1,4 +1,8 @@
+import copy
 import doctest
+import pickle
+import warnings
+import xml.etree.ElementTree as ElementTree
 
 import keras
 import numpy as np
@@ -204,12 +208,292 @@ def test_second_fit_is_a_second_cycle():
         np.testing.assert_allclose(rates.history, cycle.learning_rate_at(np.arange(9)), rtol=1e-6)
 
 
+def unsized():
+    """Return a generator of the batches of three epochs, which tells no length."""
+    return ((INPUTS[start : start + 32], TARGETS[start : start + 32]) for _ in range(3) for start in (0, 32, 64))
+
+
 def test_rate_stays_at_its_last_value_with_a_warning_when_training_goes_on():
     cycle, rates = OneCycle(0.5, 5), LearningRateLogger()
     with pytest.warns(UserWarning, match="after the 5 steps of OneCycle") as warnings:
-        fit(network(), cycle, rates)
+        network().fit(unsized(), epochs=1, verbose=0, callbacks=[cycle, rates])
     assert sum("OneCycle" in str(warning.message) for warning in warnings) == 1
     np.testing.assert_allclose(rates.history[4:], [5e-5] * 5, rtol=1e-6)
+
+
+# As many steps as fit makes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [
+        ({"epochs": 10, "batch_size": 16, "validation_split": 0.2}, 50),
+        ({"epochs": 3, "batch_size": 50}, 6),
+        ({"epochs": 4, "steps_per_epoch": 3, "batch_size": 16}, 12),
+        ({"epochs": 10, "initial_epoch": 8, "batch_size": 48}, 20),
+    ],
+    ids=str,
+)
+def test_steps_are_those_of_fit(arguments, steps):
+    cycle, rates = OneCycle(0.5), LearningRateLogger()
+    network().fit(INPUTS, TARGETS, verbose=0, callbacks=[cycle, rates], **arguments)
+    assert cycle.steps == steps
+    expected, _ = triangle(steps, peak=0.5, start=0.05, end=5e-5, top=int(0.43 * (steps - 1)))
+    np.testing.assert_allclose(rates.history, expected[-len(rates.history) :], rtol=1e-5)
+    assert rates.history[-1] == pytest.approx(5e-5)
+
+
+def test_steps_of_the_second_fit_are_its_own():
+    model, cycle = network(), OneCycle(0.5)
+    fit(model, cycle, epochs=4)
+    fit(model, cycle, epochs=2)
+    assert cycle.steps == 6
+
+
+@pytest.mark.parametrize("given", [8, 10, np.int64(12)])
+def test_number_of_steps_that_fit_does_not_make_is_refused_before_training(given):
+    model = network()
+    with pytest.raises(ValueError, match=f"steps={given}, but fit makes 3 epochs of 3 steps, 9 in all"):
+        fit(model, OneCycle(0.5, given))
+    assert int(model.optimizer.iterations) == 0
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
+def test_numpy_integers_are_integers(integer):
+    fit(network(), cycle := OneCycle(0.5, steps=integer(9)))
+    pickle.dumps(cycle)
+
+
+def test_data_without_a_length_need_a_number():
+    with pytest.raises(ValueError, match="pass steps=..., or steps_per_epoch"):
+        network().fit(unsized(), verbose=0, callbacks=[OneCycle(0.5)])
+    rates = LearningRateLogger()
+    network().fit(unsized(), verbose=0, callbacks=[OneCycle(0.5, 9), rates])
+    np.testing.assert_allclose(rates.history, triangle(9, 0.5, 0.05, 5e-5, top=3)[0], rtol=1e-5)
+
+
+def test_fit_of_fewer_than_four_steps_is_the_beginning_of_the_shortest_cycle():
+    rates = LearningRateLogger()
+    with pytest.warns(UserWarning, match="ended after 3 of the 4 steps of OneCycle"):
+        fit(network(), OneCycle(0.5), rates, epochs=1)
+    np.testing.assert_allclose(rates.history, [0.05, 0.5, 0.05], rtol=1e-6)
+
+
+def test_training_that_ends_before_its_cycle_is_told():
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.stop_training = epoch == 1
+
+    with pytest.warns(UserWarning, match="ended after 6 of the 9 steps of OneCycle, at the rate 0.2"):
+        fit(network(), OneCycle(0.5), Stop())
+
+
+@pytest.mark.filterwarnings("ignore:.*ran out of data", "ignore:Training ended")
+def test_data_that_end_early():
+    places = []
+
+    class Spy(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.first = 3 * epoch
+
+        def on_train_batch_end(self, batch, logs=None):
+            places.append(self.first + batch)
+
+    cycle, rates = OneCycle(0.5), LearningRateLogger()
+    data = ((INPUTS[:32], TARGETS[:32]) for _ in range(7))
+    logs = network().fit(data, epochs=5, steps_per_epoch=3, verbose=0, callbacks=[cycle, rates, Spy()]).history
+    expected, _ = triangle(15, peak=0.5, start=0.05, end=5e-5, top=6)
+    # Keras begins the third epoch with the last batch, and makes fewer than three steps in those after it too.
+    assert places[:7] == list(range(7))
+    assert 7 < len(places) < 15
+    np.testing.assert_allclose(rates.history, expected[places], rtol=1e-5)
+    last = [max(place for place in places if place // 3 == epoch) for epoch in range(5)]
+    np.testing.assert_allclose(logs["learning_rate"], expected[last], rtol=1e-5)
+
+
+# Resumed
+
+
+class Interruption(keras.callbacks.Callback):
+    """Stops training in the middle of an epoch."""
+
+    def __init__(self, epoch):
+        super().__init__()
+        self.epoch = epoch
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.is_due = epoch == self.epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.is_due and batch == 1:
+            raise InterruptedError
+
+
+@pytest.mark.parametrize("order", ["cycle first", "backup first"])
+@pytest.mark.parametrize("epoch", [1, 2, 4])
+def test_training_resumed_from_a_backup_ends_as_the_uninterrupted_one(epoch, order, tmp_path):
+    def train(*others, folder):
+        model, rates = network(keras.optimizers.SGD(0.25, momentum=0.9)), LearningRateLogger()
+        callbacks = [OneCycle(0.5), keras.callbacks.BackupAndRestore(tmp_path / folder)]
+        try:
+            fit(model, *(callbacks if order == "cycle first" else callbacks[::-1]), *others, rates, epochs=5)
+        except InterruptedError:
+            return None
+        return model, rates.history
+
+    train(Interruption(epoch), folder="interrupted")
+    resumed, rest = train(folder="interrupted")
+    whole, rates = train(folder="whole")
+    assert rest == rates[3 * epoch :]
+    np.testing.assert_allclose(rates, triangle(15, 0.5, 0.05, 5e-5, top=6)[0], rtol=1e-5)
+    for ours, expected in zip(resumed.get_weights(), whole.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-7)
+    assert float(ops.convert_to_numpy(resumed.optimizer.learning_rate)) == 0.25
+
+
+def test_data_without_a_length_go_on_where_the_optimizer_is():
+    def one_epoch():
+        return ((INPUTS[start : start + 32], TARGETS[start : start + 32]) for start in (0, 32, 64))
+
+    model, rates = network(), LearningRateLogger()
+    expected, _ = triangle(15, 0.5, 0.05, 5e-5, top=6)
+    for epoch in range(3):
+        # TensorFlow counts a step too many where data without a length end.
+        place = int(model.optimizer.iterations)
+        assert 3 * epoch <= place <= 4 * epoch
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Training ended")
+            arguments = {"initial_epoch": epoch, "epochs": epoch + 1}
+            model.fit(one_epoch(), verbose=0, callbacks=[OneCycle(0.5, 15), rates], **arguments)
+        np.testing.assert_allclose(rates.history, expected[place : place + 3], rtol=1e-5)
+    fresh = network()
+    with pytest.raises(ValueError, match="begins at epoch 2.* made 0 steps: that tells no place in a cycle of 9"):
+        fresh.fit(one_epoch(), initial_epoch=2, epochs=3, verbose=0, callbacks=[OneCycle(0.5, 9)])
+
+
+# Several optimizers
+
+
+class TwoOptimizers(keras.Model):
+    """Trains its two layers with optimizers of their own, none of which is the one of `compile`."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = layers.Dense(3), layers.Dense(1)
+        self.optimizers_of = {
+            "first": keras.optimizers.SGD(0.25, momentum=0.9),
+            "second": keras.optimizers.SGD(0.25, momentum=0.9),
+        }
+
+    def call(self, inputs):
+        return self.second(self.first(inputs))
+
+    def train_step(self, data):
+        x, y = data
+        losses = []
+        for layer, optimizer in zip((self.first, self.second), self.optimizers_of.values(), strict=True):
+            loss, gradients = gradients_of(lambda: ops.mean((self(x)[:, 0] - y) ** 2), layer.trainable_variables)
+            optimizer.apply(gradients, layer.trainable_variables)
+            losses.append(loss)
+        return {"first_loss": losses[0], "second_loss": losses[1]}
+
+
+def gradients_of(compute, variables):
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            loss = compute()
+        return loss, tape.gradient(loss, variables)
+    import torch
+
+    loss = compute()
+    return loss.detach(), torch.autograd.grad(loss, [variable.value for variable in variables])
+
+
+def two_optimizers():
+    keras.utils.set_random_seed(0)
+    model = TwoOptimizers()
+    model(INPUTS[:1])
+    model.compile("adam")
+    return model
+
+
+NOT_ON_JAX = pytest.mark.skipif(
+    keras.backend.backend() == "jax", reason="on JAX, fit carries the state of one optimizer only"
+)
+
+
+@NOT_ON_JAX
+def test_one_of_several_optimizers_is_set_and_no_other():
+    model = two_optimizers()
+    first, second = model.optimizers_of.values()
+    rates = [LearningRateLogger(optimizer=first), LearningRateLogger(optimizer=second, log=False)]
+    cycle = OneCycle(0.5, optimizer=first)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*has not made a step")
+        logs = fit(model, cycle, *rates).history
+    expected, _ = triangle(9, peak=0.5, start=0.05, end=5e-5, top=3)
+    np.testing.assert_allclose(rates[0].history, expected, rtol=1e-6)
+    assert rates[1].history == [0.25] * 9
+    np.testing.assert_allclose(logs["learning_rate"], expected[2::3], rtol=1e-6)
+    assert (float(first.learning_rate.numpy()), first.momentum) == (0.25, 0.9)
+
+
+@NOT_ON_JAX
+def test_optimizer_that_does_not_train_is_told_after_the_first_epoch():
+    with pytest.warns(UserWarning, match="OneCycle sets the rate of the optimizer 'adam', which has not made a step"):
+        fit(two_optimizers(), OneCycle(0.5))
+
+
+def test_members_of_a_multi_optimizer():
+    def multi_optimizer():
+        return keras.optimizers.MultiOptimizer(
+            keras.optimizers.OptimizerMap(
+                keras.optimizers.SGD(0.25, momentum=0.9), {".*dense_1.*": keras.optimizers.SGD(0.125, momentum=0.9)}
+            )
+        )
+
+    model = network(multi_optimizer())
+    with pytest.raises(ValueError, match="several: pass one of them, optimizer=model.optimizer.optimizers"):
+        fit(model, OneCycle(0.5))
+    member = model.optimizer.optimizers[-1]
+    rates = LearningRateLogger(optimizer=member)
+    fit(model, OneCycle(0.5, optimizer=member), rates)
+    np.testing.assert_allclose(rates.history, triangle(9, 0.5, 0.05, 5e-5, top=3)[0], rtol=1e-6)
+
+
+# Kept out of the logs, drawn, copied
+
+
+def test_log_false_keeps_it_out_of_the_logs():
+    assert set(fit(network(), OneCycle(0.5, log=False)).history) == {"loss", "accuracy"}
+
+
+def test_picture_shows_rate_and_momentum(tmp_path):
+    cycle = OneCycle(0.5)
+    with pytest.raises(ValueError, match="not known before fit"):
+        cycle.plot()
+    fit(network(), cycle)
+    figure = cycle.plot(tmp_path / "cycle.svg")
+    for axes, values in zip(figure.axes, triangle(9, 0.5, 0.05, 5e-5, top=3), strict=True):
+        np.testing.assert_allclose(axes.lines[0].get_ydata(), values)
+    texts = {element.text for element in ElementTree.parse(tmp_path / "cycle.svg").iter() if element.text}
+    assert {"step", "learning rate", "momentum"} <= texts
+    cycle.plot(tmp_path / "cycle.png")
+    assert (tmp_path / "cycle.png").read_bytes().startswith(b"\x89PNG")
+    assert len(OneCycle(0.5, 9, momentum=None).plot().axes) == 1
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda cycle: pickle.loads(pickle.dumps(cycle))])
+def test_copies_and_pickles_make_the_same_cycle(duplicate):
+    model = network()
+    cycle, rates = OneCycle(0.5, optimizer=model.optimizer), LearningRateLogger()
+    fit(model, cycle)
+    again = duplicate(cycle)
+    assert again.model is None
+    fit(network(), again, rates)
+    np.testing.assert_allclose(rates.history, cycle.learning_rate_at(np.arange(9)), rtol=1e-6)
 
 
 class Fail(keras.callbacks.Callback):
@@ -236,7 +520,7 @@ def test_optimizer_is_as_before_after_fit_and_after_detach(name, momentum, next_
     assert_as_before()
     with pytest.raises(RuntimeError, match="stop"):
         fit(model, cycle, Fail())
-    assert float(optimizer.learning_rate.numpy()) != 0.25
+    assert float(ops.convert_to_numpy(optimizer.learning_rate)) != 0.25
     cycle.detach()
     assert_as_before()
     with pytest.raises(RuntimeError, match="stop"):
@@ -279,7 +563,7 @@ def test_checkpoint_saved_during_fit_is_one_of_the_plain_optimizer(name, tmp_pat
             self.state = [variable.numpy() for variable in self.model.optimizer.variables]
 
     save = Save()
-    fit(network(make()), OneCycle(0.5, 9), save, epochs=2)
+    fit(network(make()), OneCycle(0.5), save, epochs=2)
     plain = network(make())
     loaded = keras.saving.load_model(tmp_path / "during.keras").optimizer
     assert loaded.get_config() | {"learning_rate": 0.25} == plain.optimizer.get_config()
@@ -297,8 +581,8 @@ def test_checkpoint_saved_during_fit_is_one_of_the_plain_optimizer(name, tmp_pat
     [
         ({"peak": 0}, "peak must be a positive number"),
         ({"peak": np.inf}, "peak must be a positive number"),
-        ({"steps": 3}, "steps must be an integer of at least 4"),
-        ({"steps": 9.0}, "steps must be an integer of at least 4"),
+        ({"steps": 3}, "steps must be None or an integer of at least 4"),
+        ({"steps": 9.0}, "steps must be None or an integer of at least 4"),
         ({"rise": 0}, "rise must be between 0 and 0.5"),
         ({"rise": 0.5}, "rise must be between 0 and 0.5"),
         ({"divisor": 1}, "divisor must be above 1"),
@@ -321,6 +605,7 @@ def test_rate_that_is_a_schedule_is_refused(rate):
         fit(network(keras.optimizers.Adam(rate)), OneCycle(0.1, 9))
 
 
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="on PyTorch, Keras refuses them itself")
 def test_several_steps_an_execution_are_refused():
     with pytest.raises(ValueError, match="steps_per_execution.*1"):
         fit(network(steps_per_execution=2), OneCycle(0.1, 9))
