@@ -35,10 +35,11 @@ THRESHOLDS = {
     "update_ratio_high": (0.1, "update-to-weight ratio of a step: a hundred times the usual 1e-3 (CS231n)"),
     "update_ratio_low": (1e-4, "update-to-weight ratio of a step: a tenth of the usual 1e-3 (CS231n)"),
     "validation_rise": (1.15, "last validation loss over its minimum; fixed on runs"),
+    "validation_lost": (0.1, "that rise over the best constant's loss: a tenth of what there was to learn"),
     "training_fall": (0.05, "share by which the training loss fell since that minimum, beyond its noise"),
     "validation_apart": (1.5, "lowest validation loss over the best constant's, while training is below it"),
     "flat": (0.02, "share by which the loss falls over a third of the epochs: less is flat; fixed on runs"),
-    "improving": (0.1, "share by which the loss falls over a third of the epochs: more is still improving"),
+    "improving": (0.05, "share by which the loss falls over a third of the epochs: more is still improving"),
     "high": (0.4, "loss over that of a constant prediction: above it, more than a third is still to be learned"),
     "epochs": (9, "fewest epochs in which a loss is called flat: three in each third"),
     "rises": (0.3, "share of the epochs, of the second half, in which the loss rose; fixed on runs"),
@@ -475,6 +476,10 @@ def no_gradient(signs, limits):
 def exploding_gradients(signs, limits):
     if signs.get("norm_jump", 0.0) <= limits["norm_jump"]:
         return None
+    left = remaining(signs)
+    if left is not None and left < 0.1:
+        # Where hardly anything is left to learn, gradients are small, and one hard batch has one that is not.
+        return None
     message = (
         f"at step {signs['norm_jump_step']} the gradient norm was {signs['norm_jump']:.3g} times the median of the steps "
         "before, and of the first ones."
@@ -567,9 +572,11 @@ def dropout_too_high(signs, limits):
     layer, rate = signs["dropout"]
     training, inference = signs.get("mode_training"), signs.get("mode_inference")
     message = f"layer {layer!r} silences {rate:.0%} of the units"
-    if training is None or training - inference <= (limits["mode"] - 1) * abs(inference):
-        return ADVICE, f"{message}."
-    return f"{message}: after training, the probe's loss is {training:.3g} with it and {inference:.3g} without."
+    if training is None:
+        return (FAULT if "last" in signs and is_poor(signs, limits) else ADVICE), f"{message}."
+    apart = training - inference > (limits["mode"] - 1) * abs(inference)
+    level = FAULT if apart or is_poor(signs, limits) else ADVICE
+    return level, f"{message}: after training, the probe's loss is {training:.3g} with it and {inference:.3g} without."
 
 
 def validation_unlike_training(signs, limits):
@@ -585,10 +592,15 @@ def validation_unlike_training(signs, limits):
             f"the validation loss was {best:.3g} at best, far above a constant prediction's of {constant:.3g}, while "
             f"the training loss ended at {training:.3g}."
         )
-    if best > 0.98 * constant and training < 0.9 * constant and epochs > 1:
+    # Of regressions the probe tells the constant's loss less well than the first epoch does, which is hardly above it.
+    sizes = any(facts["loss"] not in CLASSES for facts in signs.get("outputs", {}).values())
+    floor = max(constant, signs["first"]) if sizes else limits["chance"] * constant
+    apart = max(limits["training_fall"] * constant / 2, limits["noise"] * signs["noise"])
+    if epochs > 1 and best > floor and training < min(best - apart, limits["chance"] * constant):
         return (
-            f"the validation loss never fell below {best:.3g}, where a constant prediction's is {constant:.3g}, while "
-            f"the training loss fell to {training:.3g}: nothing of what was learned holds for it."
+            f"the validation loss was {best:.3g} at best, where a constant prediction's is {constant:.3g}, while the "
+            f"training loss fell from {signs['first']:.3g} to {training:.3g}: of what was learned hardly anything holds "
+            "for it."
         )
     return None
 
@@ -600,14 +612,16 @@ def overfitting(signs, limits):
     at_best, at_last = signs["training_at_best"], signs["training_at_last"]
     scale = abs(signs.get("constant") or signs.get("untrained") or signs.get("first_batch") or best)
     rise, fall = last - best, at_best - at_last
-    if rise <= max((limits["validation_rise"] - 1) * abs(best), 0.02 * scale):
+    if rise <= (limits["validation_rise"] - 1) * abs(best) or rise <= 0.02 * scale:
         return None
     if fall <= max(limits["training_fall"] * abs(at_best), signs["noise"]):
         return None
-    return (
+    message = (
         f"the validation loss rose from its minimum of {best:.3g} in epoch {signs['best_validation_epoch']} to "
         f"{last:.3g}, while the training loss fell from {at_best:.3g} to {at_last:.3g}."
     )
+    # Beside all that there was to learn, little may have been lost.
+    return (SYMPTOM if rise > limits["validation_lost"] * scale else ADVICE), message
 
 
 def loss_oscillates(signs, limits):
@@ -650,7 +664,10 @@ def _fall(signs):
 def stopped_while_improving(signs, limits):
     if is_lost(signs) or "fall" not in signs or is_poor_start(signs):
         return None
-    if signs["fall"] <= max(limits["improving"] * abs(signs["fall_from"]), limits["noise"] * signs["fall_error"]):
+    # What is left to gain has to matter beside the whole.
+    whole = signs.get("constant") or signs.get("untrained") or signs.get("first_batch", 0.0)
+    least = max(limits["improving"] * abs(signs["fall_from"]), limits["improving"] * abs(whole) / 2)
+    if signs["fall"] <= max(least, limits["noise"] * signs["fall_error"]):
         return None
     if signs.get("rate_at_end", 1.0) < 0.05:
         return None
@@ -691,6 +708,7 @@ OF_LOSSES = (
     "classes imbalanced",
     "labels all the same",
     "targets out of scale",
+    "exploding gradients",
 )
 RATE = "schedules/learning_rate_range_test"
 
@@ -784,6 +802,14 @@ RULES = (
         silences=(*STANDING_STILL, "exploding gradients", "rate too high", "dead units"),
     ),
     Rule(
+        "dropout too high",
+        FAULT,
+        dropout_too_high,
+        "Begin with 0.5 in wide dense layers, and with 0.1 to 0.3 elsewhere.",
+        ("regularization/dropout",),
+        silences=(*STANDING_STILL, "dead units", "saturated units"),
+    ),
+    Rule(
         "rate too high",
         FAULT,
         rate_too_high,
@@ -804,7 +830,7 @@ RULES = (
         loss_not_finite,
         "Look at the data of that step; lower the rate, or clip gradients.",
         ("gradients/gradient_clipping", RATE),
-        silences=(*OF_LOSSES, "dead units", "saturated units", "clipping most of the time"),
+        silences=(*STANDING_STILL, "dead units", "saturated units", "clipping most of the time"),
     ),
     Rule(
         "no gradient",
@@ -854,14 +880,6 @@ RULES = (
         "Train longer or with a lower `momentum`, with larger batches, and on data like the probe's.",
         ("normalization/batch_normalization",),
         silences=("validation unlike training", "overfitting"),
-    ),
-    Rule(
-        "dropout too high",
-        FAULT,
-        dropout_too_high,
-        "Begin with 0.5 in wide dense layers, and with 0.1 to 0.3 elsewhere.",
-        ("regularization/dropout",),
-        silences=STANDING_STILL,
     ),
     Rule(
         "stuck at chance",
