@@ -1,5 +1,7 @@
 """What the outputs of a model, its loss and the targets say of one another, read before the first step."""
 
+import warnings
+
 import keras
 import numpy as np
 from keras import layers, losses
@@ -368,7 +370,10 @@ def per_example(loss, targets, outputs):
     if targets.ndim == 1 and outputs.ndim > 1 and kind_of(loss) != "sparse":
         targets = targets[:, None]
     try:
-        values = _array((getattr(function, "call", None) or function)(targets, outputs))
+        with warnings.catch_warnings():
+            # Training gives the same warnings.
+            warnings.simplefilter("ignore")
+            values = _array((getattr(function, "call", None) or function)(targets, outputs))
     except Exception:
         # Whatever a loss does not like in these shapes, training will tell.
         return None

@@ -196,7 +196,9 @@ class TrainingDoctor(keras.callbacks.Callback):
     @property
     def signs(self):
         signs = dict(self._signs)
-        signs |= signs_of_losses(self._losses, self._start_losses, self._end_losses, self._constant)
+        # Like the losses in the logs, with the penalties of the weights as they are now.
+        constant = None if self._constant is None else self._constant + signs.get("penalty", 0.0)
+        signs |= signs_of_losses(self._losses, self._start_losses, self._end_losses, constant)
         signs["logged"] = sorted(self._losses.names)
         if self.gradient_norms and self.gradient_norms in self._began:
             signs |= signs_of_gradients(self.gradient_norms, self._clipping)
@@ -247,11 +249,11 @@ class TrainingDoctor(keras.callbacks.Callback):
             if self._constant is None and units:
                 self._constant = contract.loss_of_equal_probabilities(self._loss, units)
                 self._signs["constant_is"] = "equal"
-            if self._constant is not None:
-                self._constant += self._penalty()
+            self._signs["penalty_before"] = self._signs["penalty"] = self._penalty()
         if self.constant_loss is not None:
             self._constant = self.constant_loss
             self._signs["constant_is"] = "given"
+            self._signs.pop("penalty", None)
 
     def _measure(self):
         """Run the probe as the model is now."""
@@ -266,6 +268,7 @@ class TrainingDoctor(keras.callbacks.Callback):
             outputs = self._run(training=False)
         self._signs |= _not_finite("outputs", keras.tree.flatten(outputs))
         if self._is_single:
+            self._signs["penalty"] = self._penalty()
             (facts,) = self._signs["outputs"].values()
             self._signs |= contract.signs_of_predictions(outputs, self._target, facts)
             if self._target is not None:

@@ -39,7 +39,7 @@ THRESHOLDS = {
     "training_fall": (0.05, "share by which the training loss fell since that minimum, beyond its noise"),
     "validation_apart": (1.5, "lowest validation loss over the best constant's, while training is below it"),
     "flat": (0.02, "share by which the loss falls over a third of the epochs: less is flat; fixed on runs"),
-    "improving": (0.05, "share by which the loss falls over a third of the epochs: more is still improving"),
+    "improving": (0.03, "share by which the loss falls over a third of the epochs: more is still improving"),
     "high": (0.4, "loss over that of a constant prediction: above it, more than a third is still to be learned"),
     "epochs": (9, "fewest epochs in which a loss is called flat: three in each third"),
     "rises": (0.3, "share of the epochs, of the second half, in which the loss rose; fixed on runs"),
@@ -383,8 +383,20 @@ def layers_frozen(signs, limits):
 
 def no_activation(signs, limits):
     if pair := signs.get("linear_pair"):
-        return f"the layers {pair[0]!r} and {pair[1]!r} follow one another without a function between: they are one."
+        message = f"the layers {pair[0]!r} and {pair[1]!r} follow one another without a function between: they are one."
+        return (FAULT if "last" in signs and is_poor(signs, limits) else ADVICE), message
     return None
+
+
+def penalty_too_strong(signs, limits):
+    before, after = signs.get("penalty_before", 0.0), signs.get("penalty", 0.0)
+    left = remaining(signs)
+    if left is None or left <= 0.9 or before <= signs["constant"] - after:
+        return None
+    return (
+        f"the penalties of the weights, {before:.3g} before training and {after:.3g} at the end, outweigh what there is to "
+        f"learn: a constant prediction's loss is {signs['constant'] - after:.3g} without them."
+    )
 
 
 def unbounded_recurrence(signs, limits):
@@ -424,6 +436,13 @@ def rate_too_high(signs, limits):
         return (
             f"the loss rose from {start:.3g} to {signs['highest']:.3g} at step {signs['highest_step']}, and ended at "
             f"{last:.3g}, no better than a constant prediction{rate}."
+        )
+    died = signs.get("dead", 0.0) > limits["dead"] > 2 * (signs.get("dead_before") or 0.0)
+    large = signs.get("first_update_ratio", 0.0) > limits["update_ratio_high"] / 2 or signs.get("highest", 0.0) > 2 * usual
+    if died and large and is_poor(signs, limits):
+        return (
+            f"{signs['dead']:.0%} of the units of layer {signs['dead_layer']!r} died in training, whose first step changed "
+            f"the weights by {signs.get('first_update_ratio', math.nan):.1e} of their size{rate}."
         )
     if update > limits["update_ratio_high"] and is_poor(signs, limits):
         return f"a step changes the weights by {update:.1e} of their size, and the loss is still {last:.3g}{rate}."
@@ -497,6 +516,9 @@ def vanishing_gradients(signs, limits):
 def stuck_at_chance(signs, limits):
     left = remaining(signs)
     if is_lost(signs) or left is None or left <= limits["chance"] or signs["best"] > 5 * signs["constant"]:
+        return None
+    before, fall = signs.get("fall_from", signs["first"]), signs.get("fall", signs["first"] - signs["last"])
+    if fall > limits["flat"] * abs(before):
         return None
     what = {
         "probe": "the best constant prediction",
@@ -794,6 +816,21 @@ RULES = (
         silences=(*STANDING_STILL, "overfitting"),
     ),
     Rule(
+        "no activation between layers",
+        FAULT,
+        no_activation,
+        "Give all but the last layer an activation.",
+        silences=STANDING_STILL,
+    ),
+    Rule(
+        "penalty too strong",
+        FAULT,
+        penalty_too_strong,
+        "Divide the factor of the weight penalty by 10.",
+        ("regularization/weight_penalty",),
+        silences=STANDING_STILL,
+    ),
+    Rule(
         "unbounded recurrence",
         FAULT,
         unbounded_recurrence,
@@ -842,6 +879,14 @@ RULES = (
     ),
     Rule("exploding gradients", SYMPTOM, exploding_gradients, "Clip them.", ("gradients/gradient_clipping",)),
     Rule(
+        "dead units",
+        FAULT,
+        dead_units,
+        "Lower the rate if they died in training, else change the initialization.",
+        ("initialization/weight_initialization", RATE),
+        silences=("vanishing gradients", "constant output", "layer does not change", "underfitting", "plateau at a constant rate"),
+    ),
+    Rule(
         "vanishing gradients",
         FAULT,
         vanishing_gradients,
@@ -850,20 +895,12 @@ RULES = (
         silences=("constant output", "layer does not change", "rate too low", "underfitting", "plateau at a constant rate"),
     ),
     Rule(
-        "dead units",
-        FAULT,
-        dead_units,
-        "Lower the rate if they died in training, else change the initialization.",
-        ("initialization/weight_initialization", RATE),
-        silences=("constant output", "layer does not change", "underfitting", "plateau at a constant rate"),
-    ),
-    Rule(
         "saturated units",
         FAULT,
         saturated_units,
         "Make the inputs or the initial weights smaller, or normalize.",
         ("initialization/weight_initialization", "normalization/batch_normalization"),
-        silences=("underfitting", "plateau at a constant rate"),
+        silences=("rate too low", "underfitting", "plateau at a constant rate"),
     ),
     Rule(
         "rate too low",
@@ -929,5 +966,4 @@ RULES = (
         ("gradients/gradient_clipping", RATE),
     ),
     Rule("layers frozen", ADVICE, layers_frozen, "If that is meant, nothing."),
-    Rule("no activation between layers", ADVICE, no_activation, "Give all but the last layer an activation."),
 )
