@@ -19,7 +19,8 @@ class Losses:
         noise: list, for each epoch, of the standard error of its mean over batches; None where it is not known.
         lost: None, or the first and the last of the steps among which is the first whose loss was not finite.
         highest: the largest loss of a step, and that step.
-        highest_of_last: the largest loss of a step in the last epoch.
+        highest_of_last, lowest_of_last: the largest and the lowest loss of a step in the last epoch, of which there are
+            `executions_of_last`.
     """
 
     def __init__(self):
@@ -27,7 +28,7 @@ class Losses:
         self.steps, self.noise = [], []
         self.lost = None
         self.highest = (-math.inf, None)
-        self.highest_of_last = -math.inf
+        self.highest_of_last, self.lowest_of_last, self.executions_of_last = -math.inf, math.inf, 0
         self.names = set()
         self._made = 0
         self._means = {}
@@ -68,7 +69,8 @@ class Losses:
         # A gap in the steps, as where one was not finite, would be taken for a step.
         each = np.diff(sums, prepend=0.0) / np.diff(done, prepend=0)
         place = int(each.argmax())
-        self.highest_of_last = float(each[place])
+        self.highest_of_last, self.lowest_of_last = float(each[place]), float(each.min())
+        self.executions_of_last = len(each)
         if each[place] > self.highest[0]:
             self.highest = float(each[place]), int(self._made + batches[told][place])
         if len(self.steps) < TOLD_APART:
@@ -99,6 +101,8 @@ def signs_of_losses(losses, start, end, constant):
         signs["first_batch"] = losses.steps[0]
         signs["highest"], signs["highest_step"] = losses.highest
         signs["highest_of_last"] = losses.highest_of_last
+        if losses.executions_of_last >= 5:
+            signs["lowest_of_last"] = losses.lowest_of_last
     if not training:
         return signs
     signs |= {"first": training[0], "last": training[-1], "best": min(training, key=_or_infinity)}

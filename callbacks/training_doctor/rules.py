@@ -274,6 +274,8 @@ def targets_do_not_fit(facts, signs, limits):
         if loss is not None and given != expected:
             sparse = ", the numbers of the classes" if loss == "sparse" else ""
             return f"each example has {given} target values, and the loss takes {expected}{sparse}."
+    if loss in CLASSES and signs.get("best", 0.0) < -1e-3 and len(signs["outputs"]) == 1:
+        return f"the loss fell to {signs['best']:.3g}: a cross-entropy is below 0 only for targets outside 0 to 1."
     if "target_lowest" not in facts:
         return None
     low, high = facts["target_lowest"], facts["target_highest"]
@@ -461,9 +463,11 @@ def _ended_above(signs, limits):
     if signs["epochs"] > 1 and last - first > max(scale * abs(first), limits["noise"] * signs["noise"]):
         return True
     # The first batch is the only one whose loss is that of the untrained model.
+    start = signs["first_batch"]
+    if start > 0 and last > 3 * start and signs.get("lowest_of_last", 0.0) > 1.5 * start:
+        return True
     if signs.get("first_batch_below", 0.0) < 0.99:
         return False
-    start = signs["first_batch"]
     return min(signs["median_batch"], last) - start > 0.5 * abs(start) + limits["noise"] * signs["noise"]
 
 
@@ -517,7 +521,9 @@ def stuck_at_chance(signs, limits):
     left = remaining(signs)
     if is_lost(signs) or left is None or left <= limits["chance"] or signs["best"] > 5 * signs["constant"]:
         return None
-    before, fall = signs.get("fall_from", signs["first"]), signs.get("fall", signs["first"] - signs["last"])
+    # One that still falls is slow. Of few epochs the whole is looked at.
+    few = signs["epochs"] < limits["epochs"] or "fall" not in signs
+    before, fall = (signs["first"], signs["first"] - signs["last"]) if few else (signs["fall_from"], signs["fall"])
     if fall > limits["flat"] * abs(before):
         return None
     what = {
