@@ -320,15 +320,17 @@ def _line(finding):
 
 def _split(probe, model):
     """Return the probe's (inputs, targets), either of which may be None."""
+    number = len(getattr(model, "inputs", None) or [])
     if not isinstance(probe, tuple):
         return probe, None
     if len(probe) != 2:
+        if number == 1:
+            raise ValueError(f"probe is inputs, or a tuple of two, (inputs, targets), not of {len(probe)}.")
         return probe, None
     first, second = probe
     if second is None or isinstance(first, (tuple, list, dict)):
         inputs, targets = first, second
     else:
-        number = len(getattr(model, "inputs", None) or [])
         if number == 2:
             return probe, None
         inputs, targets = first, second

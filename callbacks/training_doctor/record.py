@@ -121,7 +121,6 @@ def signs_of_losses(losses, start, end, constant):
         signs["constant"] = constant
     if len(finite) == len(training):
         signs |= _course(training, signs["noise"])
-        signs |= _within(losses)
     if validation:
         signs |= _signs_of_validation(validation, losses.training)
     return signs
@@ -146,15 +145,6 @@ def _course(training, noise):
     return signs
 
 
-def _within(losses):
-    """Return how far the first batch's loss lies below those of the rest of the first epoch, which has 20 at least."""
-    steps = np.array(losses.steps[: max(len(losses.steps) // max(len(losses.training), 1), 0)])
-    if len(steps) < 20:
-        return {}
-    rest = steps[len(steps) // 2 :]
-    return {"first_batch_below": float(np.mean(rest > steps[0])), "median_batch": float(np.median(rest))}
-
-
 def _signs_of_validation(validation, training):
     finite = {epoch: loss for epoch, loss in validation.items() if math.isfinite(loss)}
     signs = {"validation_epochs": len(validation), "validation_not_finite": len(validation) - len(finite)}
@@ -165,7 +155,9 @@ def _signs_of_validation(validation, training):
             "validation_best": finite[best],
             "validation_last": finite[last],
             "best_validation_epoch": best,
+            "first_validation_epoch": first,
             "last_validation_epoch": last,
+            "first_epoch": min(training, default=first),
         }
         if best in training and last in training:
             signs["training_at_best"], signs["training_at_last"] = training[best], training[last]

@@ -119,11 +119,18 @@ def is_imbalanced(signs):
 
 def is_poor(signs, limits):
     """Return whether the run learned little: a thing that does not hinder learning is no fault."""
+    if signs.get("output_deviation", 1.0) <= limits["constant_output"] and not _is_all_the_same(signs):
+        return True
     left = remaining(signs)
     if left is None:
         start, last = signs.get("untrained", signs.get("first_batch")), signs.get("last")
         return start is None or last is None or start <= 0 or not last <= limits["poor"] * start
     return left > limits["poor"]
+
+
+def _is_all_the_same(signs):
+    """Return whether the probe's targets are all the same, so that an output may be."""
+    return any(facts.get("target_values") == 1 for facts in signs.get("outputs", {}).values())
 
 
 def is_lost(signs):
@@ -285,7 +292,8 @@ def targets_do_not_fit(facts, signs, limits):
             return f"{facts['target_not_whole']:.0%} of the targets are not whole numbers, and are cut: {runs}."
         if low < 0 or high > units - 1:
             return f"{runs}, and {units} units know the classes 0 to {units - 1}."
-    if loss == "categorical" and (low < 0 or abs(facts.get("row_lowest", 1) - 1) + abs(facts.get("row_highest", 1) - 1) > 1e-2):
+    several = facts.get("activation") == "softmax" and facts.get("several_at_once", 0) > 0
+    if loss == "categorical" and not several and (low < 0 or abs(facts.get("row_lowest", 1) - 1) + abs(facts.get("row_highest", 1) - 1) > 1e-2):
         sums = f"{facts.get('row_lowest', low):.4g} to {facts.get('row_highest', high):.4g}"
         return f"the targets of an example are no distribution over classes: they add up to {sums}."
     if loss == "binary" and (low < 0 or high > 1):
@@ -305,7 +313,7 @@ def targets_do_not_fit(facts, signs, limits):
 
 @each_output
 def targets_out_of_range(facts, signs, limits):
-    if "target_lowest" not in facts or facts["loss"] in CLASSES:
+    if "target_lowest" not in facts or facts["loss"] in (*CLASSES, "counts"):
         return None
     activation = facts.get("activation")
     ends, share = {
@@ -462,13 +470,12 @@ def _ended_above(signs, limits):
         return rose and last > first - max(0.05 * abs(first), limits["noise"] * signs["noise"])
     if signs["epochs"] > 1 and last - first > max(scale * abs(first), limits["noise"] * signs["noise"]):
         return True
-    # The first batch is the only one whose loss is that of the untrained model.
+    # The first batch is the only one whose loss is that of the untrained model, and may be an easy one: it counts only
+    # if in the last epoch no batch comes near it.
     start = signs["first_batch"]
-    if start > 0 and last > 3 * start and signs.get("lowest_of_last", 0.0) > 1.5 * start:
-        return True
-    if signs.get("first_batch_below", 0.0) < 0.99:
-        return False
-    return min(signs["median_batch"], last) - start > 0.5 * abs(start) + limits["noise"] * signs["noise"]
+    left = remaining(signs)
+    above = last > limits["peak"] * start > 0 and signs.get("lowest_of_last", 0.0) > 2 * start and signs["epochs"] > 1
+    return above and (last > 0.95 * first if left is None else left > limits["poor"])
 
 
 def loss_not_finite(signs, limits):
@@ -557,8 +564,7 @@ def _units(signs, limits, state, what):
 def constant_output(signs, limits):
     if signs.get("output_deviation", 1.0) > limits["constant_output"] or is_lost(signs):
         return None
-    # Where the labels are all the same, it is right.
-    if any(facts.get("target_values") == 1 for facts in signs.get("outputs", {}).values()):
+    if _is_all_the_same(signs):
         return None
     return f"after training the output deviates over the probe by {signs['output_deviation']:.1e} of its scale."
 
@@ -611,10 +617,13 @@ def validation_unlike_training(signs, limits):
     epochs = signs.get("validation_epochs", 0)
     if epochs and signs["validation_not_finite"] == epochs and not is_lost(signs):
         return f"the validation loss was not finite in any of {epochs} epochs, and the training loss was."
-    constant = signs.get("constant")
+    constant, start = signs.get("constant"), signs.get("untrained", signs.get("first_batch", 0.0))
     if not constant or "validation_best" not in signs or is_lost(signs) or "training_at_last" not in signs:
         return None
     best, training = signs["validation_best"], signs["training_at_last"]
+    # Else what was learned may have been lost before the validation began.
+    if signs["first_validation_epoch"] > signs["first_epoch"] or start <= limits["poor"] * constant:
+        return None
     if best > limits["validation_apart"] * constant and training < constant:
         return (
             f"the validation loss was {best:.3g} at best, far above a constant prediction's of {constant:.3g}, while "

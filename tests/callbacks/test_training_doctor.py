@@ -17,6 +17,8 @@ GENERATOR = np.random.default_rng(0)
 INPUTS = GENERATOR.normal(size=(256, 4)).astype("float32")
 TARGETS = (INPUTS.sum(axis=1) > 0).astype("int32") + (INPUTS[:, 0] > 1)
 CLASSES = 3
+# Three of ten labels are at random, and can only be learned by heart.
+NOISY = np.where(GENERATOR.random(256) < 0.3, GENERATOR.integers(0, CLASSES, 256), TARGETS)
 
 
 def build_model(optimizer=None, activation="relu", depth=1, units=16, loss=None, **arguments):
@@ -169,8 +171,7 @@ def test_rate_too_high_and_too_low():
 
 
 def test_overfitting_is_seen_in_the_validation_loss():
-    targets = np.where(GENERATOR.random(len(INPUTS)) < 0.4, GENERATOR.integers(0, CLASSES, len(INPUTS)), TARGETS)
-    doctor = examine(build_model(units=256), targets=targets, epochs=40, validation_split=0.5)
+    doctor = examine(build_model(units=256), targets=NOISY, epochs=40, validation_split=0.5)
     assert reproaches(doctor) == ["overfitting"]
     losses = doctor.model.history.history["val_loss"]
     best = int(np.argmin(losses))
@@ -186,6 +187,385 @@ def test_clipping_is_counted_with_the_norms_before_clipping():
         by_step = np.max([norms["hidden_1"], norms["output"]], axis=0) if kind == "clipnorm" else np.array(norms["all"])
         assert doctor.signs["clipped"] == np.mean(by_step > limit)
         assert ("clipping most of the time" in names(doctor)) == (np.mean(by_step > limit) > 0.5)
+
+
+# What was said wrongly once
+
+
+def regression(optimizer="adam", loss="mean_squared_error", units=1, **arguments):
+    """Return a compiled linear model of one output."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(units, **arguments)])
+    model.compile(optimizer, loss)
+    return model
+
+
+# Targets of which the first batches have the small ones.
+SKEWED = np.sort(np.exp(1.5 * INPUTS[:, :1]), axis=0).astype("float32")
+SORTED = INPUTS[np.argsort(INPUTS[:, 0])]
+
+
+@pytest.mark.parametrize("rate", [0.01, 1e-6])
+def test_first_batch_of_skewed_targets_is_not_the_loss_before_training(rate):
+    model = regression(keras.optimizers.Adam(rate), kernel_initializer="zeros")
+    doctor = examine(model, inputs=SORTED, targets=SKEWED, batch_size=8)
+    assert "rate too high" not in names(doctor)
+
+
+def test_second_fit_that_begins_with_easy_examples_is_healthy():
+    model = build_model()
+    model.fit(INPUTS, TARGETS, epochs=30, verbose=0)
+    each = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
+    order = np.argsort(keras.ops.convert_to_numpy(each(TARGETS, model.predict(INPUTS, verbose=0))))
+    doctor = examine(model, inputs=INPUTS[order], targets=TARGETS[order], batch_size=8)
+    assert "rate too high" not in names(doctor)
+
+
+def test_long_run_that_falls_slowly_is_no_plateau():
+    model = regression(keras.optimizers.SGD(0.005), kernel_initializer="zeros", use_bias=False)
+    doctor = examine(model, targets=INPUTS.sum(axis=1, keepdims=True), epochs=150, batch_size=256)
+    losses = model.history.history["loss"]
+    assert losses[-1] < 0.5 * losses[-50]
+    assert "plateau at a constant rate" not in names(doctor)
+
+
+def test_loss_that_rises_is_not_said_to_have_fallen():
+    class Worsen(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.set_weights([weights + 0.01 for weights in self.model.get_weights()])
+
+    model = regression(keras.optimizers.SGD(0.0), kernel_initializer="zeros")
+    doctor = examine(model, Worsen(), targets=np.tile([[1.0], [-1.0]], (128, 1)), epochs=12)
+    told = message(doctor, "plateau at a constant rate")
+    assert "fell" not in told
+    assert "rose" in told
+
+
+def test_norms_that_converged_to_zero_make_no_explosion_of_a_hard_batch():
+    inputs = np.tile(INPUTS, (8, 1))
+    targets = inputs.sum(axis=1, keepdims=True)
+    targets[-32:] += 0.5
+    model = regression(keras.optimizers.SGD(0.2), kernel_initializer="zeros")
+    doctor = examine(model, inputs=inputs, targets=targets, epochs=1)
+    norms = doctor.gradient_norms.history["all"]
+    assert norms[-1] > 1000 * norms[-2]
+    assert "exploding gradients" not in names(doctor)
+
+
+def test_untrained_loss_is_not_called_that_of_a_constant_prediction():
+    targets = GENERATOR.normal(size=(256, 1)).astype("float32")
+    doctor = examine(regression(kernel_initializer="zeros"), targets=targets, epochs=12)
+    assert "constant prediction" not in doctor.report()
+
+
+def test_loss_of_zero_does_not_end_the_fit():
+    model = regression(loss=lambda true, predicted: 0 * keras.ops.sum(predicted, axis=-1))
+    doctor = examine(model, targets=np.zeros((256, 1)), epochs=9, validation_split=0.25)
+    assert len(model.history.history["loss"]) == 9
+    assert "rate too high" not in names(doctor)
+
+
+def test_negative_losses_fall_as_others_do():
+    targets = INPUTS @ GENERATOR.normal(size=(4, 3)).astype("float32")
+    model = regression(keras.optimizers.Adam(0.01), loss="cosine_similarity", units=3)
+    doctor = examine(model, targets=targets, epochs=9, validation_split=0.25)
+    losses = model.history.history["loss"]
+    assert losses[-1] < losses[0] < 0
+    assert reproaches(doctor) == []
+
+
+class FiniteOnly(layers.Layer):
+    """Replaces what is not a number by 0."""
+
+    def call(self, inputs):
+        return keras.ops.where(keras.ops.isnan(inputs), 0.0, inputs)
+
+
+class Root(layers.Layer):
+    """A square root, which has no derivative at 0."""
+
+    def call(self, inputs):
+        return keras.ops.sqrt(keras.ops.relu(inputs))
+
+
+@pytest.mark.parametrize("what", ["input", "weight", "root"])
+def test_values_that_are_not_finite_are_found_although_the_loss_is_finite(what):
+    inputs = INPUTS.copy()
+    keras.utils.set_random_seed(0)
+    hidden = [layers.Dense(8), *([Root()] if what == "root" else []), FiniteOnly()]
+    model = keras.Sequential([keras.Input((4,)), *hidden, layers.Dense(1)])
+    if what == "input":
+        inputs[100] = np.nan
+    elif what == "weight":
+        model.layers[0].kernel.assign(np.full((4, 8), np.nan))
+    else:
+        inputs[100] = 0.0
+    model.compile("adam", "mean_squared_error")
+    doctor = examine(model, inputs=inputs, targets=np.ones((256, 1)), epochs=2)
+    assert np.isfinite(model.history.history["loss"]).all()
+    assert names(doctor)[0] == "values not finite"
+
+
+def test_softmax_over_one_unit_is_told_alone():
+    model = regression(loss="binary_crossentropy", activation="softmax")
+    doctor = examine(model, targets=(INPUTS[:, :1] > 0).astype("float32"), epochs=9)
+    assert names(doctor) == ["softmax over one unit"]
+
+
+def test_no_gradient_is_told_alone():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(CLASSES), layers.Rescaling(0.0)])
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    assert names(examine(model, epochs=9)) == ["no gradient"]
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.last = layers.Dense(8, "relu"), layers.Dense(CLASSES)
+
+    def call(self, inputs):
+        return self.last(self.hidden(inputs))
+
+
+def test_subclassed_model_with_cross_entropy_is_examined():
+    keras.utils.set_random_seed(0)
+    model = Subclassed()
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    doctor = examine(model, epochs=2)
+    assert "chance" not in doctor.report()
+
+
+def test_frozen_model_is_told_and_trained_on():
+    model = build_model()
+    model.trainable = False
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    assert names(examine(model)) == ["nothing to train"]
+
+
+def test_data_that_run_out_end_the_run_and_not_the_doctor():
+    def batches():
+        for start in range(0, 128, 32):
+            yield INPUTS[start : start + 32], TARGETS[start : start + 32]
+
+    model = build_model()
+    doctor = TrainingDoctor(INPUTS[:32], verbose=0)
+    model.fit(batches(), steps_per_epoch=4, epochs=3, verbose=0, callbacks=[doctor])
+    # Keras begins an epoch in which there is nothing, and then perhaps another one.
+    assert doctor.signs["epochs"] in (1, 2)
+
+
+def test_epoch_of_the_best_validation_is_told_with_validation_freq():
+    model = build_model(units=256)
+    doctor = examine(model, targets=NOISY, epochs=40, validation_split=0.5, validation_freq=4)
+    best = 4 * (int(np.argmin(model.history.history["val_loss"])) + 1)
+    assert f"epoch {best} " in message(doctor, "overfitting")
+
+
+def test_steps_of_several_in_one_execution_are_not_told_apart():
+    inputs = INPUTS.copy()
+    inputs[5 * 32] = np.inf
+    model = build_model()
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), steps_per_execution=4)
+    doctor = examine(model, inputs=inputs, epochs=1)
+    assert "one of the steps 4 to 7" in message(doctor, "loss not finite")
+
+
+def test_validation_losses_that_are_never_finite_are_told():
+    doctor = examine(build_model(activation="tanh"), validation_data=(INPUTS * np.nan, TARGETS))
+    assert reproaches(doctor) == ["validation unlike training"]
+    assert doctor.signs["validation_not_finite"] == doctor.signs["validation_epochs"] == 4
+
+
+# Before the first step
+
+CLASS_TARGETS = {"sparse": TARGETS, "one-hot": np.eye(CLASSES)[TARGETS], "binary": (INPUTS[:, :1] > 0) * 1.0}
+SEVERAL = (INPUTS[:, :3] > 0) * 1.0
+SPARSE, CATEGORICAL, BINARY = "sparse_categorical_crossentropy", "categorical_crossentropy", "binary_crossentropy"
+MSE = "mean_squared_error"
+
+
+def before(units, activation, loss, targets, subclassed=False):
+    """Return the doctor of a model that was about to make its first step."""
+
+    class Stop(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            raise KeyboardInterrupt
+
+    keras.utils.set_random_seed(0)
+    last = layers.Dense(units, activation)
+    model = keras.Sequential([keras.Input((4,)), last])
+    if subclassed:
+
+        class Model(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.last = last
+
+            def call(self, inputs):
+                return self.last(inputs)
+
+        model = Model()
+    model.compile("adam", loss)
+    doctor = TrainingDoctor((INPUTS[:64], targets[:64]), verbose=0)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(INPUTS, targets, verbose=0, callbacks=[doctor, Stop()])
+    return doctor
+
+
+@pytest.mark.parametrize(
+    ("units", "activation", "loss", "targets", "finding"),
+    [
+        (1, "softmax", BINARY, CLASS_TARGETS["binary"], "softmax over one unit"),
+        (1, "softmax", CATEGORICAL, CLASS_TARGETS["binary"], "softmax over one unit"),
+        (1, "sigmoid", CATEGORICAL, CLASS_TARGETS["binary"], "output does not fit the loss"),
+        (3, None, SPARSE, TARGETS, "output does not fit the loss"),
+        (3, "relu", SPARSE, TARGETS, "output does not fit the loss"),
+        (1, "tanh", BINARY, CLASS_TARGETS["binary"], "output does not fit the loss"),
+        (3, "sigmoid", CATEGORICAL, CLASS_TARGETS["one-hot"], "output does not fit the loss"),
+        (3, "softmax", keras.losses.SparseCategoricalCrossentropy(True), TARGETS, "output does not fit the loss"),
+        (1, "sigmoid", keras.losses.BinaryCrossentropy(True), CLASS_TARGETS["binary"], "output does not fit the loss"),
+        (3, "softmax", BINARY, CLASS_TARGETS["one-hot"], "output does not fit the loss"),
+        (3, "softmax", MSE, SEVERAL, "output does not fit the loss"),
+        (3, "softmax", SPARSE, TARGETS / 255, "targets do not fit the loss"),
+        (3, "softmax", SPARSE, TARGETS + 1, "targets do not fit the loss"),
+        (3, "softmax", CATEGORICAL, SEVERAL, "output does not fit the loss"),
+        (3, "softmax", CATEGORICAL, CLASS_TARGETS["one-hot"] * 2, "targets do not fit the loss"),
+        (1, "sigmoid", BINARY, TARGETS[:, None], "targets do not fit the loss"),
+        (1, "sigmoid", BINARY, CLASS_TARGETS["binary"] * 2 - 1, "targets do not fit the loss"),
+        (1, None, "mean_absolute_percentage_error", CLASS_TARGETS["binary"], "targets do not fit the loss"),
+        (1, "exponential", "poisson", INPUTS[:, :1], "targets do not fit the loss"),
+        (1, "sigmoid", MSE, INPUTS[:, :1], "targets out of the output's range"),
+        (1, "tanh", MSE, INPUTS[:, :1] * 3, "targets out of the output's range"),
+        (1, "relu", MSE, INPUTS[:, :1], "targets out of the output's range"),
+        (1, None, MSE, INPUTS[:, :1] * 1000, "targets out of scale"),
+        (1, None, MSE, INPUTS[:, :1] * np.where(np.arange(256) == 5, np.nan, 1)[:, None], "values not finite"),
+        (3, "softmax", SPARSE, TARGETS, None),
+        (3, "softmax", CATEGORICAL, CLASS_TARGETS["one-hot"], None),
+        (3, None, keras.losses.SparseCategoricalCrossentropy(True), TARGETS, None),
+        (1, None, keras.losses.BinaryCrossentropy(True), CLASS_TARGETS["binary"], None),
+        (1, "sigmoid", BINARY, CLASS_TARGETS["binary"][:, 0], None),
+        (3, "sigmoid", BINARY, SEVERAL, None),
+        (2, "softmax", BINARY, np.eye(2)[CLASS_TARGETS["binary"][:, 0].astype(int)], None),
+        (1, None, MSE, INPUTS[:, :1], None),
+        (1, "tanh", MSE, np.tanh(INPUTS[:, :1]), None),
+        (3, None, "cosine_similarity", INPUTS[:, :3], None),
+        (1, None, "hinge", CLASS_TARGETS["binary"] * 2 - 1, None),
+    ],
+)
+def test_contract_of_output_loss_and_targets(units, activation, loss, targets, finding):
+    assert reproaches(before(units, activation, loss, targets)) == ([finding] if finding else [])
+
+
+@pytest.mark.parametrize(
+    ("activation", "loss", "finding"),
+    [
+        ("softmax", keras.losses.SparseCategoricalCrossentropy(True), "output does not fit the loss"),
+        (None, SPARSE, "output does not fit the loss"),
+        ("softmax", SPARSE, None),
+        (None, keras.losses.SparseCategoricalCrossentropy(True), None),
+    ],
+)
+def test_what_the_layers_do_not_tell_the_outputs_do(activation, loss, finding):
+    doctor = before(3, activation, loss, TARGETS, subclassed=True)
+    assert reproaches(doctor) == ([finding] if finding else [])
+
+
+def test_softmax_of_a_softmax_is_found_behind_other_layers():
+    keras.utils.set_random_seed(0)
+    stack = [layers.Dense(3, "softmax"), layers.Dropout(0.1), layers.Reshape((3,)), layers.Activation("softmax")]
+    model = keras.Sequential([keras.Input((4,)), *stack])
+    model.compile("adam", SPARSE)
+    assert reproaches(examine(model, epochs=1)) == ["output does not fit the loss"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "units", "expected"),
+    [
+        (MSE, INPUTS[:, :1], 1, np.var(INPUTS[:, 0], ddof=1)),
+        (MSE, INPUTS[:, 0], 1, np.var(INPUTS[:, 0], ddof=1)),
+        (MSE, INPUTS[:, :2], 2, np.var(INPUTS[:, :2], axis=0, ddof=1).mean()),
+        ("mean_absolute_error", INPUTS[:, :1], 1, np.abs(INPUTS[:, 0] - np.median(INPUTS[:, 0])).mean() * 256 / 255),
+    ],
+)
+def test_loss_of_the_best_constant_of_a_regression(loss, targets, units, expected):
+    assert contract.constant_loss(loss, targets, units) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_loss_of_the_best_constant_of_classes_counts_how_frequent_they_are(from_logits):
+    shares = np.bincount(TARGETS) / 256
+    expected = -np.sum(shares * np.log(shares)) + 2 / 512
+    sparse = keras.losses.SparseCategoricalCrossentropy(from_logits)
+    assert contract.constant_loss(sparse, TARGETS, 3) == pytest.approx(expected, rel=1e-4)
+    assert contract.constant_loss(sparse, TARGETS[:, None], 3) == pytest.approx(expected, rel=1e-4)
+    categorical = keras.losses.CategoricalCrossentropy(from_logits)
+    assert contract.constant_loss(categorical, CLASS_TARGETS["one-hot"], 3) == pytest.approx(expected, rel=1e-4)
+    share = CLASS_TARGETS["binary"].mean()
+    expected = -share * np.log(share) - (1 - share) * np.log(1 - share) + 1 / 512
+    binary = keras.losses.BinaryCrossentropy(from_logits)
+    assert contract.constant_loss(binary, CLASS_TARGETS["binary"], 1) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (SPARSE, math.log(3)),
+        (keras.losses.SparseCategoricalCrossentropy(True), math.log(3)),
+        (keras.losses.categorical_crossentropy, math.log(3)),
+        (BINARY, math.log(2)),
+        (MSE, None),
+        (lambda true, predicted: keras.ops.mean(predicted), None),
+    ],
+)
+def test_loss_of_equal_probabilities_is_known_for_cross_entropies(loss, expected):
+    known = contract.loss_of_equal_probabilities(loss, 3)
+    assert known == (expected if expected is None else pytest.approx(expected, rel=1e-5))
+
+
+def two_inputs(outputs=1):
+    keras.utils.set_random_seed(0)
+    first, second = keras.Input((2,)), keras.Input((2,))
+    joined = layers.Concatenate()([first, second])
+    heads = [layers.Dense(1, name=f"head_{number}")(joined) for number in range(outputs)]
+    model = keras.Model([first, second], heads if outputs > 1 else heads[0])
+    model.compile("adam", MSE if outputs == 1 else [MSE, BINARY])
+    return model
+
+
+def test_parts_of_the_probe_are_told_apart():
+    parts, target = (INPUTS[:, :2], INPUTS[:, 2:]), INPUTS[:, :1]
+    for probe, targets in (
+        (tuple(part[:32] for part in parts), False),
+        ((tuple(part[:32] for part in parts), target[:32]), True),
+        ((list(part[:32] for part in parts), None), False),
+    ):
+        doctor = TrainingDoctor(probe, verbose=0)
+        two_inputs().fit(parts, target, epochs=1, verbose=0, callbacks=[doctor])
+        assert ("targets" in doctor.report().splitlines()[0]) != targets
+
+
+def test_each_of_several_outputs_has_its_contract():
+    parts, target = (INPUTS[:, :2], INPUTS[:, 2:]), INPUTS[:, :1]
+    doctor = TrainingDoctor((parts, (target, (target > 0) * 1.0)), verbose=0)
+    two_inputs(2).fit(parts, [target, (target > 0) * 1.0], epochs=1, verbose=0, callbacks=[doctor])
+    (finding,) = doctor.findings
+    assert finding.name == "output does not fit the loss"
+    assert "of the output 'head_1'" in finding.message
+
+
+@pytest.mark.parametrize("probe", [(INPUTS[:32], TARGETS[:31]), INPUTS[:0], (INPUTS[:32], TARGETS[:32], TARGETS[:32])])
+def test_probe_that_is_none_is_refused(probe):
+    with pytest.raises(ValueError, match="probe"):
+        examine(build_model(), doctor=TrainingDoctor(probe, verbose=0))
+
+
+def test_what_is_certain_is_printed_before_the_first_step(capsys):
+    class Look(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            assert "before the first step:\n- output does not fit the loss (fault): " in capsys.readouterr().out
+
+    examine(build_model(loss=SPARSE), Look(), doctor=TrainingDoctor((INPUTS[:32], TARGETS[:32])), epochs=1)
 
 
 @pytest.mark.parametrize(
