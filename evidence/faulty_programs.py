@@ -46,7 +46,7 @@ class Run:
     inputs: np.ndarray
     targets: np.ndarray
     arguments: dict[str, Any]
-    probe: Any = slice(64)
+    probe: Any = dataclasses.field(default_factory=lambda: slice(64))
 
     def fit(self, make_doctor):
         """Train with the doctor that `make_doctor` returns for the probe, and return it."""

@@ -82,7 +82,9 @@ def outputs_of(model, outputs=None, targets=None):
             facts |= _output_facts(arrays[index])
         if each_target[index] is not None:
             target = _array(each_target[index])
-            facts |= _target_facts(target, facts, arrays[index] if arrays else None, getattr(loss, "ignore_class", None))
+            facts |= _target_facts(
+                target, facts, arrays[index] if arrays else None, getattr(loss, "ignore_class", None)
+            )
         known[name] = facts
     return known
 
@@ -343,7 +345,9 @@ def constant_loss(loss, targets, units):
         candidates = [_logits(kind, candidate) for candidate in candidates]
     values = []
     for candidate in candidates:
-        shape = (*targets.shape, units) if kind == "sparse" and targets.shape[-1:] != (1,) else (*targets.shape[:-1], -1)
+        shape = (
+            (*targets.shape, units) if kind == "sparse" and targets.shape[-1:] != (1,) else (*targets.shape[:-1], -1)
+        )
         predicted = np.broadcast_to(candidate, (*shape[:-1], len(candidate))).astype("float32")
         value = per_example(function, targets.astype("float32"), predicted)
         if value is None:

@@ -334,7 +334,9 @@ def _split(probe, model):
         if number == 2:
             return probe, None
         inputs, targets = first, second
-    numbers = [sorted({len(part) for part in keras.tree.flatten(parts)}) for parts in (inputs, targets) if parts is not None]
+    numbers = [
+        sorted({len(part) for part in keras.tree.flatten(parts)}) for parts in (inputs, targets) if parts is not None
+    ]
     if targets is not None and numbers[0] != numbers[1]:
         raise ValueError(f"probe is (inputs, targets) of equal numbers of examples, not {numbers[0]} and {numbers[1]}.")
     return inputs, targets

@@ -191,10 +191,14 @@ def values_not_finite(signs, limits):
             return None
         first, last = signs["lost"]
         batch = f"step {first}" if first == last else f"one of the steps {first} to {last}"
-        before = f" after losses of at most {signs['highest']:.3g}" if math.isfinite(signs.get("highest", -math.inf)) else ""
+        before = (
+            f" after losses of at most {signs['highest']:.3g},"
+            if math.isfinite(signs.get("highest", -math.inf))
+            else ""
+        )
         return (
-            f"the loss was lost at once, in {batch},{before}, and had not grown: the inputs or targets of that batch hold "
-            "a value that is not finite, or a function is used where it has no value or derivative."
+            f"the loss was lost at once, in {batch},{before} and had not grown: the inputs or targets of that batch "
+            "hold a value that is not finite, or a function is used where it has no value or derivative."
         )
     if signs.get("norms_not_finite"):
         layer = signs["spoiled_layer"]
@@ -232,16 +236,20 @@ def output_does_not_fit(facts, signs, limits):
             return f"{loss} cross-entropy compares classes, and the output has a single unit: the loss is always 0."
         if facts["from_logits"]:
             if activation in ("softmax", "sigmoid"):
-                return f"the loss has from_logits=True, and {where(facts)} has made probabilities by {activation} already."
+                return (
+                    f"the loss has from_logits=True, and {where(facts)} has made probabilities by {activation} already."
+                )
             if activation is None and "lowest" in facts and _is_distribution(low, high, sums, units):
                 return "the loss has from_logits=True, and the outputs on the probe are probabilities already."
             return None
         if activation == "linear":
-            return f"the loss takes probabilities (from_logits=False), and {where(facts)} has no activation{_and(spans)}."
+            return (
+                f"the loss takes probabilities (from_logits=False), and {where(facts)} has no activation{_and(spans)}."
+            )
         if activation not in (None, "softmax", "sigmoid", "hard_sigmoid", "sparsemax"):
             return f"the loss takes probabilities, and {where(facts)} ends in {activation}{_and(spans)}."
         if activation is None and (low < -1e-3 or high > 1 + 1e-3):
-            return f"the loss takes probabilities (from_logits=False){_and(spans)}."
+            return f"the loss takes probabilities (no from_logits){_and(spans)}."
         if loss != "binary" and activation == "sigmoid":
             return (
                 f"{loss} cross-entropy takes one probability for each of {units} classes that exclude one another, "
@@ -250,8 +258,8 @@ def output_does_not_fit(facts, signs, limits):
         exclusive = facts.get("one_of_units", "targets" not in facts)
         if loss == "binary" and activation == "softmax" and units > 2 and exclusive:
             return (
-                f"binary cross-entropy asks {units} questions of yes or no, and softmax over {units} units answers one: "
-                "the loss, and an accuracy of single answers, look better than the classifier is."
+                f"binary cross-entropy asks {units} questions of yes or no, and softmax over {units} units answers "
+                "one: the loss, and an accuracy of single answers, look better than the classifier is."
             )
     if facts.get("target_values", 0) == 2 and _are_classes(facts) and loss in ("absolute", "squared"):
         if loss == "absolute":
@@ -293,7 +301,11 @@ def targets_do_not_fit(facts, signs, limits):
         if low < 0 or high > units - 1:
             return f"{runs}, and {units} units know the classes 0 to {units - 1}."
     several = facts.get("activation") == "softmax" and facts.get("several_at_once", 0) > 0
-    if loss == "categorical" and not several and (low < 0 or abs(facts.get("row_lowest", 1) - 1) + abs(facts.get("row_highest", 1) - 1) > 1e-2):
+    if (
+        loss == "categorical"
+        and not several
+        and (low < 0 or abs(facts.get("row_lowest", 1) - 1) + abs(facts.get("row_highest", 1) - 1) > 1e-2)
+    ):
         sums = f"{facts.get('row_lowest', low):.4g} to {facts.get('row_highest', high):.4g}"
         return f"the targets of an example are no distribution over classes: they add up to {sums}."
     if loss == "binary" and (low < 0 or high > 1):
@@ -305,7 +317,9 @@ def targets_do_not_fit(facts, signs, limits):
         return f"the loss takes no negative targets, and {runs}."
     whole = facts["target_not_whole"] == 0 and low in (0, 1) and high - low + 1 == facts["target_values"]
     if loss in NUMBERS and units == 1 and whole and 3 <= facts["target_values"] <= 20 and facts["target_rarest"] > 1:
-        message = f"the targets look like the numbers of {facts['target_values']} classes, and the loss takes them for sizes."
+        message = (
+            f"the targets look like the numbers of {facts['target_values']} classes, and the loss takes them for sizes."
+        )
         judged = any("acc" in name for name in signs.get("logged", ()))
         return (FAULT if judged else ADVICE), message
     return None
@@ -404,8 +418,8 @@ def penalty_too_strong(signs, limits):
     if left is None or left <= 0.9 or before <= signs["constant"] - after:
         return None
     return (
-        f"the penalties of the weights, {before:.3g} before training and {after:.3g} at the end, outweigh what there is to "
-        f"learn: a constant prediction's loss is {signs['constant'] - after:.3g} without them."
+        f"the penalties of the weights, {before:.3g} before training and {after:.3g} at the end, outweigh what is "
+        f"to be learned: a constant prediction's loss is {signs['constant'] - after:.3g} without them."
     )
 
 
@@ -448,11 +462,13 @@ def rate_too_high(signs, limits):
             f"{last:.3g}, no better than a constant prediction{rate}."
         )
     died = signs.get("dead", 0.0) > limits["dead"] > 2 * (signs.get("dead_before") or 0.0)
-    large = signs.get("first_update_ratio", 0.0) > limits["update_ratio_high"] / 2 or signs.get("highest", 0.0) > 2 * usual
+    large = (
+        signs.get("first_update_ratio", 0.0) > limits["update_ratio_high"] / 2 or signs.get("highest", 0.0) > 2 * usual
+    )
     if died and large and is_poor(signs, limits):
         return (
-            f"{signs['dead']:.0%} of the units of layer {signs['dead_layer']!r} died in training, whose first step changed "
-            f"the weights by {signs.get('first_update_ratio', math.nan):.1e} of their size{rate}."
+            f"{signs['dead']:.0%} of the units of layer {signs['dead_layer']!r} died in training, whose first step "
+            f"changed the weights by {signs.get('first_update_ratio', math.nan):.1e} of their size{rate}."
         )
     if update > limits["update_ratio_high"] and is_poor(signs, limits):
         return f"a step changes the weights by {update:.1e} of their size, and the loss is still {last:.3g}{rate}."
@@ -487,7 +503,9 @@ def loss_not_finite(signs, limits):
     if "rate_when_lost" in signs:
         sentence += f", at rate {signs['rate_when_lost']:.2g}"
     if "last_finite_norm" in signs:
-        sentence += f"; the last finite gradient norm was {signs['last_finite_norm']:.3g}, at step {signs['last_finite_step']}"
+        sentence += (
+            f"; the last finite gradient norm was {signs['last_finite_norm']:.3g}, at step {signs['last_finite_step']}"
+        )
     if signs.get("spoiled_layers", 0) and signs["spoiled_layers"] < signs["layers"]:
         sentence += f", and that of layer {signs['spoiled_layer']!r} was the first not to be finite"
     elif "grown_layer" in signs:
@@ -511,7 +529,7 @@ def exploding_gradients(signs, limits):
         # Where hardly anything is left to learn, gradients are small, and one hard batch has one that is not.
         return None
     message = (
-        f"at step {signs['norm_jump_step']} the gradient norm was {signs['norm_jump']:.3g} times the median of the steps "
+        f"at step {signs['norm_jump_step']} the gradient norm was {signs['norm_jump']:.3g} times the median of those "
         "before, and of the first ones."
     )
     return (SYMPTOM if is_lost(signs) or is_poor(signs, limits) else ADVICE), message
@@ -574,7 +592,8 @@ def layer_does_not_change(signs, limits):
     if not still or len(still) == signs["layers"]:
         return None
     names = ", ".join(repr(name) for name in still[:3]) + ", …" * (len(still) > 3)
-    return f"the first steps of {signs['update_epochs']} epochs did not change {len(still)} of {signs['layers']} layers: {names}."
+    epochs, layers = signs["update_epochs"], signs["layers"]
+    return f"the first steps of {epochs} epochs did not change {len(still)} of {layers} layers: {names}."
 
 
 def rate_too_low(signs, limits):
@@ -585,8 +604,8 @@ def rate_too_low(signs, limits):
     # A model that has learned already, and is made finer, moves little.
     level = FAULT if constant is not None and start > 0.9 * constant else ADVICE
     message = (
-        f"a step changes the weights by {update:.1e} of their size, and the loss, {start:.3g} before training, is still "
-        f"{signs['last']:.3g}{at_rate(signs)}."
+        f"a step changes the weights by {update:.1e} of their size, and the loss, {start:.3g} before training, is "
+        f"still {signs['last']:.3g}{at_rate(signs)}."
     )
     return level, message
 
@@ -636,8 +655,8 @@ def validation_unlike_training(signs, limits):
     if epochs > 1 and best > floor and training < min(best - apart, limits["chance"] * constant):
         return (
             f"the validation loss was {best:.3g} at best, where a constant prediction's is {constant:.3g}, while the "
-            f"training loss fell from {signs['first']:.3g} to {training:.3g}: of what was learned hardly anything holds "
-            "for it."
+            f"training loss fell from {signs['first']:.3g} to {training:.3g}: of what was learned hardly anything "
+            "holds for it."
         )
     return None
 
@@ -668,8 +687,8 @@ def loss_oscillates(signs, limits):
     if signs["typical_rise"] <= max(limits["rise_size"] * scale, limits["noise"] * signs["noise"] * math.sqrt(2)):
         return None
     return (
-        f"in {signs['rises']:.0%} of the epochs of the second half the loss rose, typically by {signs['typical_rise']:.3g}, "
-        f"where the noise of an epoch is {signs['noise']:.2g}."
+        f"in {signs['rises']:.0%} of the epochs of the second half the loss rose, typically by "
+        f"{signs['typical_rise']:.3g}, where the noise of an epoch is {signs['noise']:.2g}."
     )
 
 
@@ -677,7 +696,9 @@ def underfitting(signs, limits):
     left = remaining(signs)
     if not _is_flat(signs, limits) or left is None or left <= limits["high"]:
         return None
-    return f"the training loss is flat, at {signs['last']:.3g}, and {left:.2f} of a constant prediction's: {_fall(signs)}."
+    return (
+        f"the training loss is flat, at {signs['last']:.3g}, and {left:.2f} of a constant prediction's: {_fall(signs)}."
+    )
 
 
 def plateau(signs, limits):
@@ -699,7 +720,7 @@ def _fall(signs):
 
 
 def stopped_while_improving(signs, limits):
-    if is_lost(signs) or "fall" not in signs or is_poor_start(signs):
+    if is_lost(signs) or "fall" not in signs or is_past_its_best(signs):
         return None
     # What is left to gain has to matter beside the whole.
     whole = signs.get("constant") or signs.get("untrained") or signs.get("first_batch", 0.0)
@@ -713,8 +734,8 @@ def stopped_while_improving(signs, limits):
     return f"{_fall(signs).replace(' it ', ' the loss ')}, and was at its best when training ended."
 
 
-def is_poor_start(signs):
-    """Return whether nothing can be said of an end: the loss did not end at its lowest."""
+def is_past_its_best(signs):
+    """Return whether the loss did not end at its lowest."""
     return signs["last"] > signs["best"]
 
 
@@ -779,8 +800,8 @@ RULES = (
         "output does not fit the loss",
         FAULT,
         output_does_not_fit,
-        "Classes that exclude one another: softmax and (sparse) categorical cross-entropy. Yes or no, or several at once: "
-        "sigmoid and binary cross-entropy. No activation: `from_logits=True`.",
+        "Classes that exclude one another: softmax and (sparse) categorical cross-entropy. Yes or no, or several at "
+        "once: sigmoid and binary cross-entropy. No activation: `from_logits=True`.",
         silences=OF_LOSSES,
         certain=True,
     ),
@@ -807,7 +828,13 @@ RULES = (
         inputs_out_of_range,
         "Divide images by 255; standardise columns.",
         ("numerics/input_scaling",),
-        silences=(*STANDING_STILL, "saturated units", "dead units", "exploding gradients"),
+        silences=(
+            *STANDING_STILL,
+            "saturated units",
+            "dead units",
+            "exploding gradients",
+            "validation unlike training",
+        ),
     ),
     Rule(
         "targets out of scale",
@@ -899,7 +926,14 @@ RULES = (
         dead_units,
         "Lower the rate if they died in training, else change the initialization.",
         ("initialization/weight_initialization", RATE),
-        silences=("vanishing gradients", "constant output", "layer does not change", "underfitting", "plateau at a constant rate"),
+        silences=(
+            "vanishing gradients",
+            "rate too low",
+            "constant output",
+            "layer does not change",
+            "underfitting",
+            "plateau at a constant rate",
+        ),
     ),
     Rule(
         "vanishing gradients",
@@ -907,7 +941,13 @@ RULES = (
         vanishing_gradients,
         "Use relu and a suitable initialization, normalization or residual connections.",
         ("gradients/vanishing_gradients", "architectures/residual_connections"),
-        silences=("constant output", "layer does not change", "rate too low", "underfitting", "plateau at a constant rate"),
+        silences=(
+            "constant output",
+            "layer does not change",
+            "rate too low",
+            "underfitting",
+            "plateau at a constant rate",
+        ),
     ),
     Rule(
         "saturated units",
@@ -972,7 +1012,9 @@ RULES = (
         "Lower the rate when the loss no longer falls.",
         ("schedules/reduce_on_plateau", "schedules/warmup_cosine"),
     ),
-    Rule("stopped while improving", ADVICE, stopped_while_improving, "Train for more epochs.", ("schedules/one_cycle",)),
+    Rule(
+        "stopped while improving", ADVICE, stopped_while_improving, "Train for more epochs.", ("schedules/one_cycle",)
+    ),
     Rule(
         "clipping most of the time",
         ADVICE,

@@ -10,8 +10,8 @@ import pytest
 from keras import layers
 
 from callbacks import training_doctor
-from callbacks.training_doctor import RULES, THRESHOLDS, TrainingDoctor, contract
-from callbacks.training_doctor.rules import ADVICE, FAULT, LEVELS, judge
+from callbacks.training_doctor import THRESHOLDS, TrainingDoctor, contract
+from callbacks.training_doctor.rules import ADVICE
 
 GENERATOR = np.random.default_rng(0)
 INPUTS = GENERATOR.normal(size=(256, 4)).astype("float32")
@@ -538,7 +538,7 @@ def test_parts_of_the_probe_are_told_apart():
     for probe, targets in (
         (tuple(part[:32] for part in parts), False),
         ((tuple(part[:32] for part in parts), target[:32]), True),
-        ((list(part[:32] for part in parts), None), False),
+        (([part[:32] for part in parts], None), False),
     ):
         doctor = TrainingDoctor(probe, verbose=0)
         two_inputs().fit(parts, target, epochs=1, verbose=0, callbacks=[doctor])
