@@ -38,7 +38,7 @@ THRESHOLDS = {
     "validation_lost": (0.1, "that rise over the best constant's loss: a tenth of what there was to learn"),
     "training_fall": (0.05, "share by which the training loss fell since that minimum, beyond its noise"),
     "validation_apart": (1.5, "lowest validation loss over the best constant's, while training is below it"),
-    "flat": (0.02, "share by which the loss falls over a third of the epochs: less is flat; fixed on runs"),
+    "flat": (0.03, "share by which the loss falls over a third of the epochs: less is flat; fixed on runs"),
     "improving": (0.03, "share by which the loss falls over a third of the epochs: more is still improving"),
     "high": (0.4, "loss over that of a constant prediction: above it, more than a third is still to be learned"),
     "epochs": (9, "fewest epochs in which a loss is called flat: three in each third"),
