@@ -347,6 +347,15 @@ def note(result):
     )
 
 
+def use_one_thread():
+    """Hold TensorFlow, before its first operation, to one thread."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+
+
 def main(*, seeds: PositiveInt | None = None, save: Path = RESULT):
     """Train healthy and sick runs and the public programs, and count what TrainingDoctor finds.
 
@@ -354,11 +363,6 @@ def main(*, seeds: PositiveInt | None = None, save: Path = RESULT):
         seeds: number of runs of each kind, for all kinds; by default 20 of healthy and 10 of sick runs, 2 of programs.
         save: JSON file that receives every run's findings and figures.
     """
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        tf.config.threading.set_intra_op_parallelism_threads(1)
-        tf.config.threading.set_inter_op_parallelism_threads(1)
     data = load()
     chosen = units(dict.fromkeys(SEEDS, seeds) if seeds else SEEDS)
     finished = save.with_suffix(".unfinished")
@@ -381,4 +385,5 @@ def main(*, seeds: PositiveInt | None = None, save: Path = RESULT):
 
 
 if __name__ == "__main__":
+    use_one_thread()
     cyclopts.run(main)

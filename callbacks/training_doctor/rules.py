@@ -71,7 +71,7 @@ class Rule:
 
     Attributes:
         sign: function of the signs and the thresholds, which returns None, a message, or (another level, message).
-        silences: names of what follows from this finding, and is not told beside it when it is a fault.
+        silences: names of what follows from this finding, and is not told beside it unless it is advice.
         certain: whether it can be told before the first step.
     """
 
@@ -85,7 +85,7 @@ class Rule:
 
 
 def judge(signs, limits):
-    """Return the findings: the faults first, then symptoms, then advice, without what follows from a fault."""
+    """Return the findings: the faults first, then symptoms, then advice, without what follows from another."""
     found, silenced = [], set()
     for rule in RULES:
         said = rule.sign(signs, limits)
@@ -93,7 +93,7 @@ def judge(signs, limits):
             continue
         level, message = (rule.level, said) if isinstance(said, str) else said
         found.append(Finding(rule.name, level, message, rule.change, rule.recipes))
-        if level == FAULT:
+        if level != ADVICE:
             silenced |= set(rule.silences)
     return sorted(
         (finding for finding in found if finding.name not in silenced), key=lambda finding: LEVELS.index(finding.level)

@@ -10,8 +10,9 @@ import pytest
 from keras import layers
 
 from callbacks import training_doctor
-from callbacks.training_doctor import THRESHOLDS, TrainingDoctor, contract
-from callbacks.training_doctor.rules import ADVICE
+from callbacks.training_doctor import RULES, THRESHOLDS, TrainingDoctor, contract
+from callbacks.training_doctor.rules import ADVICE, FAULT, LEVELS, judge
+from evidence.recipes import ROOT
 
 GENERATOR = np.random.default_rng(0)
 INPUTS = GENERATOR.normal(size=(256, 4)).astype("float32")
@@ -566,6 +567,167 @@ def test_what_is_certain_is_printed_before_the_first_step(capsys):
             assert "before the first step:\n- output does not fit the loss (fault): " in capsys.readouterr().out
 
     examine(build_model(loss=SPARSE), Look(), doctor=TrainingDoctor((INPUTS[:32], TARGETS[:32])), epochs=1)
+
+
+# Judgement
+
+LIMITS = {name: default for name, (default, _) in THRESHOLDS.items()}
+OUTPUT = {"loss": "squared", "from_logits": False, "activation": "linear", "units": 1}
+HEALTHY_SIGNS = {
+    "epochs": 20,
+    "untrained": 1.0,
+    "first_batch": 1.0,
+    "constant": 1.0,
+    "constant_is": "probe",
+    "first": 0.5,
+    "last": 0.1,
+    "best": 0.1,
+    "probe": 0.1,
+    "probe_rise": -0.9,
+    "probe_rise_error": 0.01,
+    "highest": 1.1,
+    "highest_step": 3,
+    "highest_of_last": 0.2,
+    "noise": 0.001,
+    "fall": 0.005,
+    "fall_from": 0.12,
+    "fall_error": 0.0001,
+    "rises": 0.0,
+    "typical_rise": 0.0,
+    "validation_epochs": 20,
+    "validation_not_finite": 0,
+    "validation_first": 0.6,
+    "validation_best": 0.15,
+    "validation_last": 0.15,
+    "best_validation_epoch": 18,
+    "first_validation_epoch": 1,
+    "last_validation_epoch": 20,
+    "first_epoch": 1,
+    "training_at_best": 0.11,
+    "training_at_last": 0.1,
+    "rate": 0.001,
+    "rate_fell": False,
+    "rate_at_end": 1.0,
+    "layers": 3,
+    "recorded": 100,
+    "zero": 0.0,
+    "norm_jump": 3.0,
+    "norm_jump_step": 50,
+    "norm_ratio": 1.0,
+    "update_ratio": 1e-3,
+    "first_update_ratio": 1e-2,
+    "still_layers": [],
+    "update_epochs": 20,
+    "clipped": 0.0,
+    "input_mean": 0.0,
+    "input_deviation": 1.0,
+    "distinct": 64,
+    "dead": 0.1,
+    "dead_layer": "dense",
+    "dead_before": 0.1,
+    "saturated": 0.1,
+    "saturated_layer": "dense",
+    "saturated_before": 0.1,
+    "output_deviation": 1.0,
+    "weights": 100,
+    "trainable": 100,
+}
+POOR = {"last": 0.9, "best": 0.9, "probe": 0.9, "fall": 0.05, "fall_from": 0.93, "training_at_last": 0.9}
+POOR |= {"validation_best": 0.93, "validation_last": 0.935}
+FLAT = {"fall": 0.001}
+
+
+def told(signs, **limits):
+    return [(finding.name, finding.level) for finding in judge(HEALTHY_SIGNS | signs, LIMITS | limits)]
+
+
+@pytest.mark.parametrize(
+    ("finding", "level", "sick", "threshold", "within"),
+    [
+        ("inputs out of range", FAULT, POOR | {"input_mean": -11}, "input_mean", 12.0),
+        ("inputs out of range", FAULT, {"untrained": 3.1, "input_deviation": 11}, "input_deviation_high", 12.0),
+        ("inputs out of range", ADVICE, {"input_deviation": 11}, "input_deviation_high", 12.0),
+        ("inputs out of range", ADVICE, {"input_deviation": 0.009}, "input_deviation_low", 0.008),
+        ("exploding gradients", "symptom", POOR | {"norm_jump": 21}, "norm_jump", 22.0),
+        ("exploding gradients", ADVICE, {"last": 0.2, "best": 0.2, "probe": 0.2, "norm_jump": 21}, "norm_jump", 22.0),
+        ("vanishing gradients", FAULT, POOR | {"norm_ratio": 9e-4}, "norm_ratio", 8e-4),
+        ("vanishing gradients", ADVICE, {"norm_ratio": 9e-4}, "norm_ratio", 8e-4),
+        ("stuck at chance", "symptom", POOR | {"last": 1.0, "best": 1.0, "probe": 0.96} | FLAT, "chance", 0.97),
+        ("dead units", FAULT, POOR | {"dead": 0.51, "dead_before": 0.5}, "dead", 0.52),
+        ("dead units", ADVICE, {"dead": 0.51}, "dead", 0.52),
+        ("saturated units", FAULT, POOR | {"saturated": 0.51}, "saturated", 0.52),
+        ("rate too high", FAULT, POOR | {"dead": 0.51, "first_update_ratio": 0.06}, "update_ratio_high", 0.2),
+        ("rate too high", FAULT, POOR | {"update_ratio": 0.11}, "update_ratio_high", 0.12),
+        ("rate too high", FAULT, {"probe_rise": 0.2, "last": 0.5, "best": 0.5}, "rise", 1.3),
+        ("rate too high", FAULT, {"probe_rise": 0.2, "last": 0.5, "best": 0.5}, "noise", 21.0),
+        ("rate too high", FAULT, POOR | {"probe": 0.95, "last": 0.95, "highest": 5.1}, "peak", 5.2),
+        ("rate too low", FAULT, POOR | {"update_ratio": 9e-5}, "update_ratio_low", 8e-5),
+        ("overfitting", "symptom", {"validation_best": 0.3, "validation_last": 0.45}, "validation_rise", 1.6),
+        ("overfitting", ADVICE, {"validation_best": 0.3, "validation_last": 0.38}, "validation_rise", 1.6),
+        ("overfitting", ADVICE, {"validation_best": 0.3, "validation_last": 0.38}, "training_fall", 0.2),
+        (
+            "validation unlike training",
+            FAULT,
+            {"validation_best": 1.6, "validation_last": 1.6, "training_at_last": 0.97},
+            "validation_apart",
+            1.7,
+        ),
+        ("underfitting", ADVICE, FLAT | {"last": 0.5, "best": 0.5, "probe": 0.5, "rate_fell": True}, "high", 0.6),
+        ("plateau at a constant rate", ADVICE, FLAT, "flat", 0.005),
+        ("plateau at a constant rate", ADVICE, FLAT | {"epochs": 9}, "epochs", 10),
+        ("stopped while improving", ADVICE, {"fall": 0.03}, "improving", 0.3),
+        ("loss oscillates", "symptom", POOR | {"rises": 0.4, "typical_rise": 0.06}, "rises", 0.5),
+        ("loss oscillates", "symptom", POOR | {"rises": 0.4, "typical_rise": 0.06}, "rise_size", 0.07),
+        ("clipping most of the time", ADVICE, {"clipped": 0.51}, "clipped", 0.52),
+        ("layers frozen", ADVICE, {"frozen": 0.51, "trainable": 49}, "frozen", 0.52),
+        ("dropout too high", FAULT, POOR | {"dropout": ("dropout", 0.8)}, "dropout", 0.85),
+        ("constant output", "symptom", {"output_deviation": 9e-4}, "constant_output", 8e-4),
+        (
+            "batch normalization differs in inference",
+            FAULT,
+            {"batch_normalization": True, "mode_training": 0.1, "mode_inference": 0.25},
+            "mode",
+            3.0,
+        ),
+    ],
+)
+def test_each_threshold_decides_and_can_be_set(finding, level, sick, threshold, within):
+    assert told({}) == []
+    assert told(sick) == [(finding, level)]
+    assert finding not in dict(told(sick, **{threshold: within}))
+
+
+def test_layer_that_does_not_change_is_told():
+    assert told({"still_layers": ["dense"]}) == [("layer does not change", "symptom")]
+    assert told({"still_layers": ["a", "b", "c"]}) == []
+
+
+def test_rate_that_fell_makes_no_plateau_and_chance_no_underfitting():
+    assert told(FLAT | {"rate_fell": True}) == []
+    stuck = {"last": 1.0, "best": 1.0, "probe": 1.0, "fall_from": 1.0}
+    assert told(FLAT | stuck) == [("stuck at chance", "symptom")]
+
+
+def test_what_follows_from_a_fault_is_not_told_beside_it_and_faults_come_first():
+    sick = POOR | {"dead": 0.9, "update_ratio": 9e-5, "norm_ratio": 0.0, "clipped": 0.6, "norm_jump": 30.0}
+    assert told(sick) == [
+        ("dead units", FAULT),
+        ("exploding gradients", "symptom"),
+        ("clipping most of the time", ADVICE),
+    ]
+    levels = [LEVELS.index(level) for _, level in told(sick)]
+    assert levels == sorted(levels)
+
+
+def test_every_rule_has_a_name_of_its_own_and_silences_only_rules():
+    names_of_rules = [rule.name for rule in RULES]
+    assert len(set(names_of_rules)) == len(names_of_rules)
+    for rule in RULES:
+        assert set(rule.silences) <= set(names_of_rules) - {rule.name}
+        assert rule.level in LEVELS
+        assert rule.change.endswith(".")
+        for recipe in rule.recipes:
+            assert (ROOT / "recipes" / f"{recipe}.py").exists()
 
 
 @pytest.mark.parametrize(
