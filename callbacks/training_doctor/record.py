@@ -17,6 +17,8 @@ class Losses:
         steps: list of the losses of single executions, from the first on; one execution is one step, unless
             `steps_per_execution` is larger.
         noise: list, for each epoch, of the standard error of its mean over batches; None where it is not known.
+        made: number of the steps, complete up to the last finished epoch.
+        names: set of the names in the logs.
         lost: None, or the first and the last of the steps among which is the first whose loss was not finite.
         highest: the largest loss of a step, and that step.
         highest_of_last, lowest_of_last: the largest and the lowest loss of a step in the last epoch, of which there are
@@ -30,7 +32,7 @@ class Losses:
         self.highest = (-math.inf, None)
         self.highest_of_last, self.lowest_of_last, self.executions_of_last = -math.inf, math.inf, 0
         self.names = set()
-        self._made = 0
+        self.made = 0
         self._means = {}
 
     def begin_epoch(self):
@@ -48,7 +50,7 @@ class Losses:
         self.names |= set(logs)
         if means:
             self._read_steps(np.array(list(means)), np.array(list(means.values()), "float64"))
-        self._made += max(self._means) + 1
+        self.made += max(self._means) + 1
         if _is_number(logs.get("loss")):
             self.training[epoch] = float(logs["loss"])
         if _is_number(logs.get("val_loss")):
@@ -60,7 +62,7 @@ class Losses:
         if len(lost) and self.lost is None:
             place = lost[0]
             first = batches[place - 1] + 1 if place else 0
-            self.lost = int(self._made + first), int(self._made + batches[place])
+            self.lost = int(self.made + first), int(self.made + batches[place])
         told = (batches < TOLD_APART) & np.isfinite(means)
         done, sums = batches[told] + 1, (batches[told] + 1) * means[told]
         if not len(done):
@@ -72,7 +74,7 @@ class Losses:
         self.highest_of_last, self.lowest_of_last = float(each[place]), float(each.min())
         self.executions_of_last = len(each)
         if each[place] > self.highest[0]:
-            self.highest = float(each[place]), int(self._made + batches[told][place])
+            self.highest = float(each[place]), int(self.made + batches[told][place])
         if len(self.steps) < TOLD_APART:
             self.steps += each.tolist()
         # Of differences, because a loss that falls within the epoch is not noise.
@@ -93,7 +95,7 @@ def signs_of_losses(losses, start, end, constant):
         start, end: the loss of each of the probe's examples before training and at the end, or None.
         constant: loss of the best constant prediction, or None.
     """
-    signs = {"epochs": len(losses.training)}
+    signs = {"epochs": len(losses.training), "steps": losses.made}
     if losses.lost:
         signs["lost"] = losses.lost
     training, validation = list(losses.training.values()), losses.validation

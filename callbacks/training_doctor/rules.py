@@ -22,6 +22,7 @@ THRESHOLDS = {
     "poor": (0.7, "loss over the best constant's: above it, less than a third has been learned"),
     "norm_jump": (20.0, "gradient norm over the median of up to 50 before it and of the first five; fixed on runs"),
     "norm_ratio": (1e-3, "first layer's gradient norm over the last layer's: three orders of magnitude"),
+    "steps": (30, "fewest steps after which a loss that has not moved is called stuck"),
     "chance": (0.95, "lowest loss over that of a constant prediction; fixed on runs"),
     "dead": (0.5, "share of dead units in a layer: half of what it could do"),
     "distinct": (16, "fewest different examples of a probe that can tell whether a unit is dead"),
@@ -545,6 +546,8 @@ def vanishing_gradients(signs, limits):
 def stuck_at_chance(signs, limits):
     left = remaining(signs)
     if is_lost(signs) or left is None or left <= limits["chance"] or signs["best"] > 5 * signs["constant"]:
+        return None
+    if signs["steps"] < limits["steps"]:
         return None
     # One that still falls is slow. Of few epochs the whole is looked at.
     few = signs["epochs"] < limits["epochs"] or "fall" not in signs

@@ -283,10 +283,10 @@ class FiniteOnly(layers.Layer):
 
 
 class Root(layers.Layer):
-    """A square root, which has no derivative at 0."""
+    """The absolute value, as a root, which has no derivative at 0."""
 
     def call(self, inputs):
-        return keras.ops.sqrt(keras.ops.relu(inputs))
+        return keras.ops.sqrt(keras.ops.square(inputs))
 
 
 @pytest.mark.parametrize("what", ["input", "weight", "root"])
@@ -300,7 +300,7 @@ def test_values_that_are_not_finite_are_found_although_the_loss_is_finite(what):
     elif what == "weight":
         model.layers[0].kernel.assign(np.full((4, 8), np.nan))
     else:
-        inputs[100] = 0.0
+        inputs[0] = 0.0
     model.compile("adam", "mean_squared_error")
     doctor = examine(model, inputs=inputs, targets=np.ones((256, 1)), epochs=2)
     assert np.isfinite(model.history.history["loss"]).all()
@@ -334,7 +334,7 @@ def test_subclassed_model_with_cross_entropy_is_examined():
     model = Subclassed()
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     doctor = examine(model, epochs=2)
-    assert "chance" not in doctor.report()
+    assert doctor.signs["constant"] == pytest.approx(math.log(CLASSES), rel=1e-5)
 
 
 def test_frozen_model_is_told_and_trained_on():
@@ -363,6 +363,7 @@ def test_epoch_of_the_best_validation_is_told_with_validation_freq():
     assert f"epoch {best} " in message(doctor, "overfitting")
 
 
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="PyTorch makes one step at a time")
 def test_steps_of_several_in_one_execution_are_not_told_apart():
     inputs = INPUTS.copy()
     inputs[5 * 32] = np.inf
@@ -575,6 +576,7 @@ LIMITS = {name: default for name, (default, _) in THRESHOLDS.items()}
 OUTPUT = {"loss": "squared", "from_logits": False, "activation": "linear", "units": 1}
 HEALTHY_SIGNS = {
     "epochs": 20,
+    "steps": 200,
     "untrained": 1.0,
     "first_batch": 1.0,
     "constant": 1.0,
@@ -653,6 +655,7 @@ def told(signs, **limits):
         ("vanishing gradients", FAULT, POOR | {"norm_ratio": 9e-4}, "norm_ratio", 8e-4),
         ("vanishing gradients", ADVICE, {"norm_ratio": 9e-4}, "norm_ratio", 8e-4),
         ("stuck at chance", "symptom", POOR | {"last": 1.0, "best": 1.0, "probe": 0.96} | FLAT, "chance", 0.97),
+        ("stuck at chance", "symptom", POOR | {"last": 1.0, "best": 1.0, "probe": 0.96} | FLAT, "steps", 201),
         ("dead units", FAULT, POOR | {"dead": 0.51, "dead_before": 0.5}, "dead", 0.52),
         ("dead units", ADVICE, {"dead": 0.51}, "dead", 0.52),
         ("saturated units", FAULT, POOR | {"saturated": 0.51}, "saturated", 0.52),
