@@ -185,7 +185,11 @@ SICK = {
     "overfitting": lambda: (dense(width=512), {"epochs": 30, "examples": 1000}),
     "underfitting": lambda: (
         dense(width=1, depth=1, activation="linear"),
-        {"optimizer": adam(0.01), "epochs": 20, "examples": 8000},
+        {
+            "optimizer": adam(keras.optimizers.schedules.ExponentialDecay(0.01, 250, 0.5)),
+            "epochs": 20,
+            "examples": 8000,
+        },
     ),
     "plateau at a constant rate": lambda: (
         dense(width=32, activation="tanh"),
