@@ -655,7 +655,10 @@ def validation_unlike_training(signs, limits):
     sizes = any(facts["loss"] not in CLASSES for facts in signs.get("outputs", {}).values())
     floor = max(constant, signs["first"]) if sizes else limits["chance"] * constant
     apart = max(limits["training_fall"] * constant / 2, limits["noise"] * signs["noise"])
-    if epochs > 1 and best > floor and training < min(best - apart, limits["chance"] * constant):
+    first, last = signs["validation_first"], signs["validation_last"]
+    # One that falls, however slowly, has something in common with the training.
+    stays = last > best and last > 0.98 * first
+    if epochs > 1 and best > floor and stays and training < min(last, constant) - apart:
         return (
             f"the validation loss was {best:.3g} at best, where a constant prediction's is {constant:.3g}, while the "
             f"training loss fell from {signs['first']:.3g} to {training:.3g}: of what was learned hardly anything "
@@ -889,7 +892,7 @@ RULES = (
         dropout_too_high,
         "Begin with 0.5 in wide dense layers, and with 0.1 to 0.3 elsewhere.",
         ("regularization/dropout",),
-        silences=(*STANDING_STILL, "dead units", "saturated units"),
+        silences=(*STANDING_STILL, "dead units", "saturated units", "rate too high"),
     ),
     Rule(
         "rate too high",
