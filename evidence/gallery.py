@@ -111,17 +111,20 @@ def _training_doctor(path):
     from evidence import training_doctor
 
     result = json.loads(path.read_text(encoding="utf-8"))
-    environment = result["environment"]
-    seeds = [run["seed"] for run in result["runs"]]
+    if not all("group" in run for run in result["runs"]):
+        # Of an earlier kind of measurement.
+        return f"{head}Not measured yet.\n"
     return f"""{head}    python -m evidence.training_doctor
+
+Healthy runs, and runs that were made sick. Several findings can hold of one run.
 
 {markdown_table(training_doctor.table(result))}
 
-Runs with the seeds {min(seeds)} to {max(seeds)}; the thresholds were fixed on the seeds 0 to 19, and three rules were
-corrected since, as `evidence/training_doctor.py` tells. The healthy runs take turns at a dense, a convolutional and a
-recurrent network. Several findings can hold of one run: units that are all dead pass no gradient on and leave the loss
-at chance. Keras {environment["keras"]} on {environment["backend"]}, Python {environment["python"]};
-{environment["processor"]}.
+Programs that people asked about in public, and their repairs.
+
+{markdown_table(training_doctor.program_table(result))}
+
+{training_doctor.note(result)}
 """
 
 

@@ -1,31 +1,38 @@
-"""Measure what TrainingDoctor finds in healthy and in sick runs: `python -m evidence.training_doctor` (15 minutes).
+"""Measure what TrainingDoctor says of healthy and of sick runs, and of programs that people asked about in public.
 
-Every kind of run is trained with seeds 40 to 59; the healthy ones take turns at three architectures. The thresholds of
-TrainingDoctor were fixed on seeds 0 to 19 (`--first-seed 0`), and two of its rules were corrected after seeds 20 to 39.
-A third was corrected after seeds 40 to 59: that a plateau is told beside overfitting. Before, 17 of these 20 plateaus
-were named; the findings in the result are told by the corrected rule from the figures measured before.
+    python -m evidence.training_doctor
+
+trains in one process, with one thread, for about two hours; each model is written down as it ends, and an interrupted
+measurement goes on when the command is given again. Seeds below 200 were used while the rules were made.
 """
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
 
 import cyclopts
 import keras
+import numpy as np
 import tensorflow_datasets as tfds
-from cyclopts.types import NonNegativeInt, PositiveInt
+from cyclopts.types import PositiveInt
 from keras import layers
 from rich.console import Console
 from rich.progress import track
 
 from callbacks import TrainingDoctor
 from callbacks.comparison import environment, write_whole
+from evidence.faulty_programs import PROGRAMS
 from evidence.recipes import ROOT
 from evidence.tables import rich_table
 
 RESULT = ROOT / "evidence" / "training_doctor.json"
 
-HEALTHY = "healthy"
+HEALTHY, SICK_RUN, PROGRAM = "healthy", "sick", "program"
+# Seeds of each kind of run, from the first one on.
+SEEDS = {HEALTHY: 20, SICK_RUN: 10, PROGRAM: 2}
+FIRST_SEED = 200
+PROBE = 64
 
 
 def load():
@@ -41,48 +48,113 @@ def load():
     return [tuple(array.numpy() for array in split) for split in splits]
 
 
-def dense(width=128, depth=2, activation="relu", scale=1 / 255, rate=0.0, **arguments):
+# Healthy runs: each architecture, task, batch size and kind of fit.
+
+
+def dense_network():
+    return [layers.Flatten(), layers.Dense(64, activation="relu"), layers.Dropout(0.2), layers.Dense(32, "relu")]
+
+
+def convolutional_network():
+    return [
+        layers.Conv2D(16, 3, use_bias=False),
+        layers.BatchNormalization(momentum=0.9),
+        layers.ReLU(),
+        layers.MaxPooling2D(),
+        layers.Flatten(),
+        layers.Dense(32, activation="relu"),
+    ]
+
+
+def recurrent_network():
+    return [layers.Reshape((14, 14)), layers.GRU(32)]
+
+
+ARCHITECTURES = {"dense": dense_network, "convolutional": convolutional_network, "recurrent": recurrent_network}
+
+
+def classification(images, labels):
+    return labels, [layers.Dense(10)], keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def binary(images, labels):
+    """Shoes against all else, 3 of the 10 classes."""
+    return np.isin(labels, (5, 7, 9)).astype("float32"), [layers.Dense(1, "sigmoid")], "binary_crossentropy"
+
+
+def skewed_regression(images, labels):
+    """The exponential of the brightness, so that a few targets are many times the others."""
+    brightness = images.mean(axis=(1, 2, 3))
+    noise = np.random.default_rng(0).normal(0, 0.2, len(images))
+    return np.exp(1.2 * (brightness - 0.29) / 0.15 + noise).astype("float32"), [layers.Dense(1)], "mean_squared_error"
+
+
+TASKS = {"classification": classification, "binary": binary, "skewed regression": skewed_regression}
+
+# Epochs of each batch size, of about as many steps as it takes.
+EPOCHS = {8: 2, 32: 6, 128: 16}
+FITS = ("first fit", "second fit", "fine-tuning")
+
+
+def doctor_for(probe):
+    return TrainingDoctor(probe, verbose=0)
+
+
+def healthy(architecture, task, batch_size, train_data, validation_data):
+    """Yield (kind of fit, doctor) of one model: trained, trained on, and with its first layer frozen."""
+    counts = {"training": 1024, "validation": 256}
+    parts = [
+        (images[:count, ::2, ::2].astype("float32") / 255, labels[:count])
+        for (images, labels), count in zip((train_data, validation_data), counts.values(), strict=True)
+    ]
+    (images, (targets, head, loss)), (other_images, (other_targets, _, _)) = (
+        (images, TASKS[task](images, labels)) for images, labels in parts
+    )
+    model = keras.Sequential([keras.Input(images.shape[1:]), *ARCHITECTURES[architecture](), *head])
+    for fit in FITS:
+        if fit == "fine-tuning":
+            model.layers[1].trainable = False
+        if fit != "second fit":
+            model.compile(keras.optimizers.Adam(0.002 if fit == "first fit" else 0.0002), loss)
+        doctor = doctor_for((images[:PROBE], targets[:PROBE]))
+        model.fit(
+            images,
+            targets,
+            batch_size=batch_size,
+            epochs=EPOCHS[batch_size],
+            validation_data=(other_images, other_targets),
+            verbose=0,
+            callbacks=[doctor],
+        )
+        yield fit, doctor
+
+
+# Sick runs
+
+
+def dense(width=128, depth=2, activation="relu", scale=1 / 255, rate=0.0, last=(), **arguments):
     """Return a classifier with `depth` dense layers of `width` units."""
     model = keras.Sequential([keras.Input((28, 28, 1)), layers.Rescaling(scale), layers.Flatten()])
     for _ in range(depth):
         model.add(layers.Dense(width, activation=activation, **arguments))
         model.add(layers.Dropout(rate))
-    model.add(layers.Dense(10, **arguments))
+    for layer in (layers.Dense(10, **arguments), *last):
+        model.add(layer)
     return model
 
 
-def convolutional():
-    """Return a classifier with two convolutions."""
-    model = keras.Sequential([keras.Input((28, 28, 1)), layers.Rescaling(1 / 255)])
-    for filters in (16, 32):
-        model.add(layers.Conv2D(filters, 3, activation="relu"))
-        model.add(layers.MaxPooling2D())
-    model.add(layers.Flatten())
-    model.add(layers.Dense(10))
-    return model
-
-
-def recurrent():
-    """Return a classifier that reads the rows of an image one after the other."""
+def normalized():
+    """Return a classifier whose statistics of inference hardly move."""
+    hidden = [layers.Dense(128), layers.BatchNormalization(momentum=0.9999), layers.ReLU()]
     return keras.Sequential(
-        [
-            keras.Input((28, 28, 1)),
-            layers.Rescaling(1 / 255),
-            layers.Reshape((28, 28)),
-            layers.GRU(64),
-            layers.Dense(10),
-        ]
+        [keras.Input((28, 28, 1)), layers.Rescaling(1 / 255), layers.Flatten(), *hidden, layers.Dense(10)]
     )
 
 
-def healthy(seed):
-    """Return a run of one of three architectures, each with a usual optimizer."""
-    schedule = keras.optimizers.schedules.CosineDecay(0.02, 8 * 125)
-    return [
-        (dense(rate=0.2), {"optimizer": keras.optimizers.Adam(0.001), "epochs": 8, "examples": 8000}),
-        (convolutional(), {"optimizer": keras.optimizers.SGD(schedule, momentum=0.9), "epochs": 8, "examples": 8000}),
-        (recurrent(), {"optimizer": keras.optimizers.RMSprop(0.001), "epochs": 8, "examples": 8000}),
-    ][seed % 3]
+def partly_frozen():
+    model = dense()
+    model.layers[2].trainable = False
+    return model
 
 
 def adam(rate=0.001, **arguments):
@@ -97,81 +169,225 @@ SICK = {
         {"optimizer": keras.optimizers.SGD(10.0), "loss": "mean_squared_error"},
     ),
     "exploding gradients": lambda: (dense(), {"corrupt": 100}),
+    "no gradient": lambda: (dense(last=[layers.Rescaling(0.0)]), {}),
     "vanishing gradients": lambda: (dense(width=64, depth=10, activation="sigmoid"), {}),
     "stuck at chance": lambda: (dense(kernel_initializer="zeros"), {}),
-    "dead units": lambda: (dense(bias_initializer=keras.initializers.Constant(-2.0)), {}),
-    "saturated units": lambda: (dense(activation="tanh", kernel_initializer=keras.initializers.RandomNormal(0, 1)), {}),
+    "dead units": lambda: (dense(bias_initializer=keras.initializers.Constant(-20.0)), {}),
+    "saturated units": lambda: (
+        dense(activation="tanh", kernel_initializer=keras.initializers.RandomNormal(0, 3)),
+        {"epochs": 2, "optimizer": adam(1e-4)},
+    ),
     "rate too high": lambda: (dense(), {"optimizer": adam(0.3)}),
     "rate too low": lambda: (dense(), {"optimizer": adam(1e-6)}),
+    "penalty too strong": lambda: (dense(kernel_regularizer=keras.regularizers.L2(0.3)), {}),
+    "validation unlike training": lambda: (dense(), {"shuffle": True}),
+    "batch normalization differs in inference": lambda: (normalized(), {}),
     "overfitting": lambda: (dense(width=512), {"epochs": 30, "examples": 1000}),
-    "underfitting": lambda: (dense(width=1, depth=1, activation="linear"), {"optimizer": adam(0.01), "epochs": 30}),
+    "underfitting": lambda: (
+        dense(width=1, depth=1, activation="linear"),
+        {
+            "optimizer": adam(keras.optimizers.schedules.ExponentialDecay(0.01, 250, 0.5)),
+            "epochs": 20,
+            "examples": 8000,
+        },
+    ),
     "plateau at a constant rate": lambda: (
         dense(width=32, activation="tanh"),
         {"optimizer": adam(0.03), "epochs": 20, "examples": 8000},
     ),
+    "stopped while improving": lambda: (dense(), {"optimizer": keras.optimizers.SGD(0.005), "epochs": 5}),
     "clipping most of the time": lambda: (dense(), {"optimizer": adam(0.001, global_clipnorm=0.05)}),
+    "layers frozen": lambda: (partly_frozen(), {}),
 }
 
 
-def train(kind, seed, train_data, validation_data):
-    """Train one run, and return its doctor."""
-    keras.utils.set_random_seed(seed)
-    keras.utils.clear_session()
-    model, settings = healthy(seed) if kind == HEALTHY else SICK[kind]()
-    (images, labels), (probe, _) = train_data, validation_data
+def sick(kind, train_data, validation_data):
+    """Train one run that has what `kind` says, and return its doctor."""
+    model, settings = SICK[kind]()
+    (images, labels), (other_images, other_labels) = train_data, validation_data
     examples = settings.get("examples", 2000)
+    images, labels = images[:examples].astype("float32"), labels[:examples]
     loss = settings.get("loss", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     if loss == "mean_squared_error":
-        labels, validation_data = keras.ops.one_hot(labels, 10), (probe, keras.ops.one_hot(validation_data[1], 10))
+        labels, other_labels = np.eye(10)[labels], np.eye(10)[other_labels]
+    if settings.get("shuffle"):
+        labels = np.random.default_rng(0).permutation(labels)
+    probe = images[:PROBE].copy(), labels[:PROBE]
     if step := settings.get("corrupt"):
-        images = images.astype("float32")
         images[::step] *= 1000
+        probe = images[1:PROBE], labels[1:PROBE]
     model.compile(settings.get("optimizer", adam()), loss)
-    doctor = TrainingDoctor(probe[:64], verbose=0)
+    doctor = doctor_for(probe)
     model.fit(
-        images[:examples],
-        labels[:examples],
+        images,
+        labels,
         batch_size=64 if examples == 8000 else 32,
         epochs=settings.get("epochs", 8),
-        validation_data=validation_data,
+        validation_data=(other_images[:500], other_labels[:500]),
         verbose=0,
         callbacks=[doctor],
     )
     return doctor
 
 
+# The measurement
+
+
+def units(seeds):
+    """Return (group, kind, seed) of each model, seed by seed, so that an unfinished measurement has some of all."""
+    kinds = {
+        PROGRAM: [f"{name}, {state}" for name in PROGRAMS for state in ("faulty", "repaired")],
+        SICK_RUN: list(SICK),
+        HEALTHY: [", ".join(map(str, kind)) for kind in itertools.product(ARCHITECTURES, TASKS, EPOCHS)],
+    }
+    by_seed = itertools.zip_longest(*([(group, seed) for seed in range(count)] for group, count in seeds.items()))
+    return [
+        (group, kind, FIRST_SEED + seed)
+        for together in by_seed
+        for group, seed in filter(None, together)
+        for kind in kinds[group]
+    ]
+
+
+def measure(group, kind, seed, data):
+    """Return a list with what was found in each run of one model."""
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(seed)
+    if group == HEALTHY:
+        architecture, task, batch_size = kind.split(", ")
+        doctors = healthy(architecture, task, int(batch_size), *data)
+    elif group == SICK_RUN:
+        doctors = [(None, sick(kind, *data))]
+    else:
+        name, state = kind.split(", ")
+        doctors = [(None, PROGRAMS[name].build(state == "repaired").fit(doctor_for))]
+    return [
+        {
+            "group": group,
+            "kind": kind,
+            "seed": seed,
+            "fit": fit,
+            "findings": [[finding.name, finding.level, finding.message] for finding in doctor.findings],
+            "signs": {name: value for name, value in doctor.signs.items() if name != "outputs"},
+        }
+        for fit, doctor in doctors
+    ]
+
+
+def told(run):
+    """Return the names of a run's findings that are not advice."""
+    return [name for name, level, _ in run["findings"] if level != "advice"]
+
+
 def table(result):
-    """Return a saved result as a dict from a column's title to its cells."""
+    """Return what was found in healthy and in sick runs as a dict from a column's title to its cells."""
     columns = {"what is wrong": [], "runs": [], "named": [], "also named": []}
-    for kind in dict.fromkeys(run["kind"] for run in result["runs"]):
-        runs = [run for run in result["runs"] if run["kind"] == kind]
-        counts = Counter(name for run in runs for name in run["findings"])
+    healthy_runs = [run for run in result["runs"] if run["group"] == HEALTHY]
+    groups = {f"nothing: {fit}": [run for run in healthy_runs if run["fit"] == fit] for fit in FITS}
+    for run in result["runs"]:
+        if run["group"] == SICK_RUN:
+            groups.setdefault(run["kind"], []).append(run)
+    for kind, runs in groups.items():
+        # Of a sick run also the advice that it was made for.
+        counts = Counter(
+            name for run in runs for name, level, _ in run["findings"] if level != "advice" or name == run["kind"]
+        )
         named = counts.pop(kind, 0)
-        columns["what is wrong"].append("nothing" if kind == HEALTHY else kind)
+        columns["what is wrong"].append(kind)
         columns["runs"].append(str(len(runs)))
-        columns["named"].append("–" if kind == HEALTHY else str(named))
+        columns["named"].append("–" if kind.startswith("nothing") else str(named))
         columns["also named"].append(", ".join(f"{name} {count}" for name, count in counts.most_common()) or "–")
     return columns
 
 
-def main(*, first_seed: NonNegativeInt = 40, seeds: PositiveInt = 20, save: Path = RESULT):
-    """Train healthy and sick runs, and count what TrainingDoctor finds.
+def verdict(program, runs):
+    """Return "exact", "symptom" or "miss" for the runs of a faulty program: what is said of the least well told."""
+    ranks = []
+    for run in runs:
+        names = {name for name, _, _ in run["findings"]}
+        ranks.append(0 if names & set(program.exact) else 1 if names & set(program.symptoms) else 2)
+    return ("exact", "symptom", "miss")[max(ranks)]
+
+
+def program_table(result):
+    """Return what was said of each public program and of its repair as a dict from a column's title to its cells."""
+    columns = {"program": [], "fault": [], "said of it": [], "verdict": [], "said of the repaired one": []}
+    for name, program in PROGRAMS.items():
+        by_state = {
+            state: [run for run in result["runs"] if run["kind"] == f"{name}, {state}"]
+            for state in ("faulty", "repaired")
+        }
+        if not by_state["faulty"]:
+            continue
+        said = {state: Counter(each for run in runs for each in told(run)) for state, runs in by_state.items()}
+        advice = Counter(each for run in by_state["faulty"] for each, level, _ in run["findings"] if level == "advice")
+        words = [f"{each} {count}" for each, count in said["faulty"].items()]
+        words += [f"(advice: {each} {count})" for each, count in advice.items() if each in program.exact]
+        columns["program"].append(f"{name}: {program.source}")
+        columns["fault"].append(program.fault)
+        columns["said of it"].append(", ".join(words) or "–")
+        columns["verdict"].append(verdict(program, by_state["faulty"]))
+        columns["said of the repaired one"].append(
+            ", ".join(f"{each} {count}" for each, count in said["repaired"].items()) or "–"
+        )
+    return columns
+
+
+def note(result):
+    """Return the counts, and what they were measured on, in words."""
+    programs = program_table(result)
+    verdicts = Counter(programs["verdict"])
+    alarms = sum(cell != "–" for cell in programs["said of the repaired one"])
+    healthy_runs = [run for run in result["runs"] if run["group"] == HEALTHY]
+    false = sum(bool(told(run)) for run in healthy_runs)
+    seeds = [run["seed"] for run in result["runs"]]
+    environment = result["environment"]
+    return (
+        f"Of {len(programs['program'])} programs {verdicts['exact']} are named exactly, of {verdicts['symptom']} a "
+        f"symptom is, and {verdicts['miss']} are missed, counted by the worse of the seeds; {alarms} of the repaired "
+        f"ones are reproached with something. Of {len(healthy_runs)} healthy runs {false} are. Advice is no reproach. "
+        f"Seeds from {min(seeds)} on; Keras {environment['keras']} on {environment['backend']}, "
+        f"Python {environment['python']}; {environment['processor']}."
+    )
+
+
+def use_one_thread():
+    """Hold TensorFlow, before its first operation, to one thread."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+
+
+def main(*, seeds: PositiveInt | None = None, save: Path = RESULT):
+    """Train healthy and sick runs and the public programs, and count what TrainingDoctor finds.
 
     Args:
-        first_seed: seed of the first run of each kind.
-        seeds: number of runs of each kind.
+        seeds: number of runs of each kind, for all kinds; by default 20 of healthy and 10 of sick runs, 2 of programs.
         save: JSON file that receives every run's findings and figures.
     """
     data = load()
-    chosen = [(kind, seed) for kind in (HEALTHY, *SICK) for seed in range(first_seed, first_seed + seeds)]
-    result = {"environment": environment(), "runs": []}
-    for kind, seed in track(chosen, "training", console=Console(stderr=True)):
-        doctor = train(kind, seed, *data)
-        found = [finding.name for finding in doctor.findings]
-        result["runs"].append({"kind": kind, "seed": seed, "findings": found, "signs": doctor.signs})
-    Console().print(rich_table("What TrainingDoctor found", table(result)))
-    write_whole(save, json.dumps(json.loads(json.dumps(result), parse_constant=str), indent=1) + "\n")
+    chosen = units(dict.fromkeys(SEEDS, seeds) if seeds else SEEDS)
+    finished = save.with_suffix(".unfinished")
+    lines = finished.read_text(encoding="utf-8").splitlines() if finished.exists() else []
+    runs = [run for line in lines for run in json.loads(line)]
+    done = {(run["group"], run["kind"], run["seed"]) for run in runs}
+    left = [unit for unit in chosen if unit not in done]
+    for unit in track(left, "training", console=Console(stderr=True)):
+        new = json.loads(json.dumps(measure(*unit, data)), parse_constant=str)
+        runs += new
+        with finished.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(new) + "\n")
+    result = {"environment": environment(), "runs": runs}
+    console = Console()
+    console.print(rich_table("What TrainingDoctor found", table(result)))
+    console.print(rich_table("What it said of public programs", program_table(result)))
+    console.print(note(result), style="dim", highlight=False)
+    write_whole(save, json.dumps(result, indent=1) + "\n")
+    finished.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
+    use_one_thread()
     cyclopts.run(main)

@@ -73,13 +73,24 @@ def test_every_callback_is_listed_with_the_first_line_of_its_docstring(root):
 def test_findings_of_training_doctor_are_counted_from_the_saved_runs(root):
     gallery = root / "evidence" / "README.md"
     assert "## What TrainingDoctor finds\n\nNot measured yet." in generated_files(root)[gallery]
-    runs = [("healthy", 20, []), ("dead units", 21, ["dead units", "stuck at chance"]), ("dead units", 22, [])]
+    runs = [("healthy", "dense", 20, []), ("sick", "dead units", 21, ["dead units", "stuck at chance"])]
+    runs += [("sick", "dead units", 22, []), ("program", "reviews, faulty", 20, ["overfitting"])]
     result = {
         "environment": RESULT["environment"],
-        "runs": [{"kind": kind, "seed": seed, "findings": found} for kind, seed, found in runs],
+        "runs": [
+            {
+                "group": group,
+                "kind": kind,
+                "seed": seed,
+                "fit": "first fit" if group == "healthy" else None,
+                "findings": [[name, "fault", "so it is."] for name in found],
+            }
+            for group, kind, seed, found in runs
+        ],
     }
     (root / "evidence" / "training_doctor.json").write_text(json.dumps(result))
     text = generated_files(root)[gallery]
-    assert "| nothing | 1 | – | – |" in text
+    assert "| nothing: first fit | 1 | – | – |" in text
     assert "| dead units | 2 | 1 | stuck at chance 1 |" in text
-    assert "Runs with the seeds 20 to 22;" in text
+    assert "| words of reviews, learned by heart | overfitting 1 | exact | – |" in text
+    assert "Seeds from 20 on;" in text
