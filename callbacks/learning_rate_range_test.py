@@ -356,7 +356,8 @@ def _state(model, optimizers):
         import torch
 
         # Modules of PyTorch itself within the model hold tensors that Keras does not know of.
-        state += [(tensor.data.copy_, tensor.detach().clone()) for tensor in model.buffers()]
+        tensors = {id(tensor): tensor for layer in model._flatten_layers() for tensor in layer.buffers()}
+        state += [(tensor.data.copy_, tensor.detach().clone()) for tensor in tensors.values()]
         state += [
             (torch.set_rng_state, torch.get_rng_state()),
             (torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()),

@@ -196,13 +196,6 @@ class OneCycle(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch, logs=None):
         self._step, self._begun = self._first + batch, batch + 1
-        if self._step >= self.steps and not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                f"Training goes on after the {self.steps} steps of OneCycle: the rate stays at "
-                f"{self.learning_rate_at(self.steps):g}. Let steps be epochs times batches.",
-                stacklevel=2,
-            )
         self._set_rate(float(self.learning_rate_at(self._step)))
 
     def on_train_batch_end(self, batch, logs=None):
@@ -221,6 +214,13 @@ class OneCycle(keras.callbacks.Callback):
             # A step that was begun when the data had run out was not made.
             self._step = self._first + self._made - 1
             self._last_step = self._step
+        if self._made and self._step >= self.steps and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"Training goes on after the {self.steps} steps of OneCycle: the rate stays at "
+                f"{self.learning_rate_at(self.steps):g}. Let steps be epochs times batches.",
+                stacklevel=2,
+            )
         if self._made < self._begun and iterations == self._made + 1:
             # TensorFlow counts such a step all the same.
             self._origin += 1

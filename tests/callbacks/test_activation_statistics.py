@@ -283,6 +283,7 @@ def test_layer_that_is_not_executed_in_an_epoch_is_nan_in_its_logs():
     for epoch, model.use_extra in enumerate([True, False, True]):
         rows.append({})
         statistics.on_epoch_end(epoch, rows[-1])
+    assert rows[0].keys() == rows[1].keys() == rows[2].keys()
     frame = pandas.DataFrame(rows)
     assert frame["activation_saturated/b"].isna().tolist() == [False, True, False]
     assert frame["activation_mean/a"].notna().all()

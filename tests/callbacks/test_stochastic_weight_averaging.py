@@ -646,7 +646,7 @@ class CtrlC(keras.callbacks.Callback):
 def test_average_so_far_is_there_after_ctrl_c():
     model, recorder = build_model(), Recorder()
     averaging = StochasticWeightAveraging(1, DATA)
-    with pytest.raises(ValueError, match="No weights are averaged"):
+    with pytest.raises(ValueError, match="No weights have been averaged"):
         averaging.average()
     with pytest.raises(KeyboardInterrupt):
         fit(model, averaging, recorder, CtrlC(), epochs=9)
