@@ -462,7 +462,7 @@ class Alternating(keras.Model):
         return self.second(self.first(inputs))
 
     def loss_of(self, x, y):
-        return ops.mean(ops.square(self(x)[:, 0] - y))
+        return ops.mean(ops.square(self(x)[:, 0] - ops.convert_to_tensor(y)))
 
     def train_step(self, data):
         x, y = data
