@@ -148,6 +148,8 @@ class TrainingDoctor(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         self._losses.end_step(batch, logs)
+        if self.learning_rates in self._monitors:
+            self.learning_rates.on_train_batch_end(batch, logs)
 
     def on_epoch_end(self, epoch, logs=None):
         if not self._losses.end_epoch(epoch + 1, logs):
