@@ -19,7 +19,7 @@ def table(result):
         "variant": [display_name(row["variant"]) for row in rows],
         f"{result.split} {result.metric}": [_mean_cell(row, few_seeds) for row in rows],
         "difference": [_difference_cell(row, few_seeds) for row in rows],
-        "verdict": [f"{row['short_verdict'] or '–'}{'†' * row['by_divergence']}" for row in rows],
+        "verdict": [_verdict_cell(row) for row in rows],
         "diverged": [f"{row['diverged']} of {row['seeds']}" if any_diverged else "–" for row in rows],
         "gap": [_number(row["gap"], sign="+") for row in rows],
         "time": ["–" if row["time"] is None else f"{row['time']:.2f}" for row in rows],
@@ -271,6 +271,12 @@ def _difference_cell(row, few_seeds):
         low, high = row["range"]
         return f"{_number(low, '+')} to {_number(high, '+')}{mark}"
     return _with_interval(row["difference"], row["difference_half_width"], sign="+") + mark
+
+
+def _verdict_cell(row):
+    if row["verdict"] == "baseline":
+        return "–"
+    return f"{row['short_verdict'] or 'no verdict'}{'†' * row['by_divergence']}"
 
 
 def _number(value, sign="-"):

@@ -79,7 +79,7 @@ def test_few_seeds_show_the_range_of_the_differences_and_no_verdict():
     columns = table(result)
     assert columns["difference"] == ["–", "+0.0000 to +0.3000"]
     assert columns["test accuracy"] == ["0.6000", "0.7333"]
-    assert "verdict" not in columns
+    assert columns["verdict"] == ["–", "no verdict"]
     assert "a verdict takes 5 or more" in " ".join(notes(result))
     assert table(new_result({"a": [0.5], "b": [0.75]}))["difference"] == ["–", "+0.2500"]
 
