@@ -23,7 +23,7 @@ def add_signal(result, variant, seed, name, values, by="layer", scale="linear", 
 
 
 def titles(figure):
-    return [axes.get_title() for axes in figure.axes]
+    return [axes.get_title().replace("\n", " ") for axes in figure.axes]
 
 
 def test_accuracies_stay_within_nought_and_one():
