@@ -261,7 +261,7 @@ class Comparison:
         metrics = _floats(metrics)
         self._check_has_metric(metrics)
         curve = {name: [float(value) for value in values] for name, values in (curve or {}).items()}
-        self._finish_run(variant, int(seed), {self.result.split: metrics}, curve, {}, epoch_seconds=[])
+        self._finish_run(variant, int(seed), {self.result.split: metrics}, curve, epoch_seconds=[])
 
     def add_figure(self, variant, seed, name, value):
         """Add a column to the table: a figure of one run beside the metric, such as the number of epochs to a target.
@@ -647,7 +647,7 @@ class Comparison:
             metrics[split] = _floats(figures)
         return metrics
 
-    def _finish_run(self, variant, seed, metrics, curve, epochs, epoch_seconds, rate=None):
+    def _finish_run(self, variant, seed, metrics, curve, epoch_seconds, epochs=None, rate=None):
         self.result.add_run(variant, seed, metrics, curve, epochs, epoch_seconds, rate)
         if self._iteration:
             self._iteration.note(self.result.runs[-1])
@@ -746,7 +746,7 @@ class _Run(keras.callbacks.Callback):
         metrics = self.comparison._evaluate(self.model, self._batch_size)
         # A value for every epoch needs no list of them.
         epochs = {name: each for name, each in self.epochs.items() if each != list(range(1, len(each) + 1))}
-        self.comparison._finish_run(self.variant, self.seed, metrics, self.curve, epochs, self.epoch_seconds, self.rate)
+        self.comparison._finish_run(self.variant, self.seed, metrics, self.curve, self.epoch_seconds, epochs, self.rate)
 
     def _show_progress(self, text, fraction_of_run):
         rate = f", rate {self.rate:g}" if self.rate is not None else ""

@@ -121,7 +121,7 @@ def test_stopping_sees_the_validation_split(recipe, scripted):
 
 def test_in_training_what_is_evaluated_has_the_lowest_validation_loss(recipe, monkeypatch):
     monkeypatch.setattr(recipe, "VARIANTS", {"all, rate 0.0001": {"learning_rate": 0.01, "patience": 3}})
-    (run,) = recipe.main(epochs=60, limit=200).runs
+    (run,) = recipe.main(epochs=60, limit=200).result.runs
     losses = run["curve"]["val_loss"]
     assert np.argmin(losses) + 4 == len(losses) < 60
     assert run["metrics"]["validation"]["loss"] == pytest.approx(min(losses), rel=1e-5)
