@@ -381,7 +381,7 @@ def test_optimizers_without_an_x_are_refused(optimizer, message):
         ({"batch_size": 8.0}, "batch_size must be a positive integer, not 8.0"),
         ({"start": "z"}, "start must be 'x', 'y' or None, not 'z'"),
     ],
-    ids=str,
+    ids=["list", "iterator", "no batch", "half a batch", "start"],
 )
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
