@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 
 from .report import display_name
 from .result import replacing
+from .statistics import FEWEST_SEEDS
 
 # Told apart by colour and, from the eleventh variant on, by dashes.
 DASHES = ["-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1))]
@@ -165,7 +166,7 @@ def _draw_differences(result, axes, runs, lines):
         differences = list(result.differences(runs[variant], baseline).values())
         axes.plot(differences, [position] * len(differences), ".", color=color, alpha=0.5)
         # An interval of fewer than five seeds would hide all others.
-        width = row["difference_half_width"] if row["seeds"] >= 5 else None
+        width = row["difference_half_width"] if row["seeds"] >= FEWEST_SEEDS else None
         axes.errorbar(row["difference"], position, xerr=width, fmt="o", capsize=4, color=color)
     axes.axvline(0, color="black", linewidth=1)
     if result.margin:

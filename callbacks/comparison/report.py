@@ -6,6 +6,8 @@ import re
 import sys
 import textwrap
 
+from .statistics import FEWEST_SEEDS
+
 WIDTH_OF_HEADING = 15
 ROW_STYLES = {"better": "green", "slightly better": "green", "worse": "red", "slightly worse": "red"}
 
@@ -13,7 +15,7 @@ ROW_STYLES = {"better": "green", "slightly better": "green", "worse": "red", "sl
 def table(result):
     """Return the summary as a dict from a column's title to its cells, formatted for people."""
     rows = result.summary()
-    few_seeds = rows[0]["seeds"] < 5
+    few_seeds = rows[0]["seeds"] < FEWEST_SEEDS
     any_diverged = any(row["diverged"] for row in rows)
     columns = {
         "variant": [display_name(row["variant"]) for row in rows],
@@ -139,8 +141,10 @@ def _notes_of_comparison(result):
         found.append(f"Interrupted. Finished runs: {len(result.runs)}; only seeds that can be compared are shown.")
     if seeds == 1:
         found.append("One seed: no interval and no verdict. More seeds give both (in a recipe: --seeds 10).")
-    elif seeds < 5:
-        found.append(f"{seeds} paired seeds: differences from the lowest to the highest; a verdict takes 5 or more.")
+    elif seeds < FEWEST_SEEDS:
+        found.append(
+            f"{seeds} paired seeds: differences from the lowest to the highest; a verdict takes {FEWEST_SEEDS} or more."
+        )
     else:
         margin = f", the margin is {result.margin:g}" if result.margin else ""
         found.append(

@@ -9,7 +9,7 @@ import os
 import statistics
 from pathlib import Path
 
-from .statistics import half_width, judge
+from .statistics import MOST_SEEDS, half_width, judge
 
 # What must be equal for two results to be of the same experiment.
 IDENTITY = (
@@ -345,8 +345,10 @@ class Result:
             verdict += f": {which} diverged in {sum(each[place] for each in diverged)} of {len(by_seed)}"
         elif verdict == "undecided":
             count = judged.seeds_needed
-            verdict += f": about {count} seeds would decide" if count else ": more than 1000 seeds would be needed"
-            short += f", ~{count}" if count else ", >1000"
+            verdict += (
+                f": about {count} seeds would decide" if count else f": more than {MOST_SEEDS} seeds would be needed"
+            )
+            short += f", ~{count}" if count else f", >{MOST_SEEDS}"
         return row | {"verdict": verdict, "short_verdict": short}
 
     def _repeated_seeds(self, by_seed):
