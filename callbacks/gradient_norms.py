@@ -28,8 +28,8 @@ class GradientNorms(keras.callbacks.Callback):
 
     The norms are those of the gradients before clipping, and after the loss scale of mixed precision is divided out;
     with gradient accumulation they are those of single batches, and under `tf.distribute` those of the whole batch. The
-    device holds the norms of each step, also under `steps_per_execution`; of these every `every`-th, beginning with the
-    first, is recorded when the epoch ends.
+    device holds those of every `every`-th step, beginning with the first, also under `steps_per_execution`, until they
+    are recorded when the epoch ends.
 
     The `logs` of each epoch receive `gradient_norm_mean` and `gradient_norm_max`, over the recorded steps, of all
     gradients together; the same with the prefixes `first_layer_` and `last_layer_`; and `update_to_weight_ratio`. They
@@ -46,10 +46,11 @@ class GradientNorms(keras.callbacks.Callback):
             execution of the training function (one step, unless `steps_per_execution` is larger) in each of `epochs`;
             NaN for an epoch without a step. About 1e-3 is usual for a step.
 
-    Cost: one pass over the gradients at each step, and two copies of the weights from the device in each epoch. The
-    training step is compiled anew for each `fit`, and under `tf.distribute` the replicas' gradients are added up once
-    more. If `fit` raises, steps go on to be recorded until the next `fit` with
-    a `GradientNorms`, or `detach()`. A copy or a pickle has what was recorded, without the model and the optimizer.
+    Cost: one pass over the gradients at each recorded step (at each step with TensorFlow's XLA, under `tf.distribute`,
+    and where the data have no length), and two copies of the weights from the device in each epoch. The training step
+    is compiled anew for each `fit`, and under `tf.distribute` the replicas' gradients are added up once more. If `fit`
+    raises, steps go on to be recorded until the next `fit` with one, or `detach()`. A copy or a pickle has what was
+    recorded, without the model and the optimizer.
 
     Args:
         every: number of steps from one recorded step to the next, a positive integer.
@@ -105,6 +106,7 @@ class GradientNorms(keras.callbacks.Callback):
         if self._start is None:
             # Not when training begins, because `BackupAndRestore` sets the counter then.
             self._start = self._unread = self._iterations()
+            self._records_all = self._has_to_record_all(self._attached_model)
         self._first_of_epoch = len(self.steps)
         self._first_step = self._iterations()
         self._weights_before = self._ratios = None
@@ -244,21 +246,37 @@ class GradientNorms(keras.callbacks.Callback):
         self._record(given)
         return self._apply(gradients, trainable_variables)
 
+    def _has_to_record_all(self, model):
+        # Where the data have no length, only a record tells a step from data that had run out; XLA rounds the training
+        # itself in another way beside a condition; and replicas cannot write under one.
+        has_no_length = (self.params or {}).get("steps") is None
+        is_xla = keras.backend.backend() == "tensorflow" and model.jit_compile
+        return self.every == 1 or has_no_length or is_xla or _replicas(model) > 1
+
     def _record(self, gradients):
-        """On the device, write the sum of each gradient's squares, and the step, into the row of this step."""
+        """On the device, if the step is due, write the sum of each gradient's squares, and the step, into its row."""
         ops = keras.ops
         present = {index: gradient for index, gradient in gradients.items() if gradient is not None}
-        present = dict(zip(present, _sum_over_replicas(list(present.values())), strict=True))
-        squares = [
-            _sum_of_squares(present[index]) if index in present else ops.zeros((), "float32")
-            for index in range(len(self._variables))
-        ]
+        if present and _replicas(self._attached_model) > 1:
+            present = dict(zip(present, _sum_over_replicas(list(present.values())), strict=True))
         # Private: the public `iterations` leaves out accumulated batches. Tried on Keras 3.15.
         step = self._optimizer._iterations
-        values = ops.stack([*squares, ops.cast(ops.mod(step, LIMIT), "float32")])
-        # Quicker than an update of one row, which XLA makes a loop of.
-        is_row = ops.equal(ops.expand_dims(ops.arange(ROWS), 1), ops.cast(ops.mod(step, ROWS), "int32"))
-        self._table.assign(ops.where(is_row, values, ops.convert_to_tensor(self._table)))
+
+        def with_row():
+            squares = [
+                _sum_of_squares(present[index]) if index in present else ops.zeros((), "float32")
+                for index in range(len(self._variables))
+            ]
+            values = ops.stack([*squares, ops.cast(ops.mod(step, LIMIT), "float32")])
+            # Quicker than an update of one row, which XLA makes a loop of.
+            is_row = ops.equal(ops.expand_dims(ops.arange(ROWS), 1), ops.cast(ops.mod(step, ROWS), "int32"))
+            return ops.where(is_row, values, ops.convert_to_tensor(self._table))
+
+        if self._records_all:
+            self._table.assign(with_row())
+        else:
+            is_due = ops.equal(ops.mod(step - self._start, self.every), 0)
+            self._table.assign(ops.cond(is_due, with_row, lambda: ops.convert_to_tensor(self._table)))
 
     def _iterations(self):
         # On JAX, asking for `self.model` brings the variables up to date.
@@ -281,7 +299,7 @@ class GradientNorms(keras.callbacks.Callback):
         sums = self._by_layer(squares)
         for name, norms in self.history.items():
             norms += np.sqrt(sums[name]).tolist()
-        if end > self._unread and table[(end - 1) % ROWS, -1] != (end - 1) % LIMIT:
+        if self._records_all and end > self._unread and table[(end - 1) % ROWS, -1] != (end - 1) % LIMIT:
             # TensorFlow counts a step for which the data had run out, too.
             self._start += 1
         self._unread = end
@@ -308,7 +326,8 @@ class GradientNorms(keras.callbacks.Callback):
         return sums | {"all": squares.sum(axis=-1)}
 
     def _weights(self):
-        return [np.array(keras.ops.convert_to_numpy(variable)).ravel() for variable in self.model.trainable_variables]
+        # Of the model as `_iterations` has brought it up to date.
+        return [variable.numpy().ravel() for variable in self._variables]
 
     def _compare_weights(self):
         """After the first execution of an epoch, compute the ratios of the updates to the weights."""
@@ -345,14 +364,15 @@ def _sum_of_squares(gradient):
     return ops.sum(ops.square(ops.sqrt(ops.sum(squares, axis=tuple(range(len(squares.shape) - 1))))))
 
 
+def _replicas(model):
+    # With TensorFlow, the number of devices that share a batch.
+    return getattr(getattr(model, "distribute_strategy", None), "num_replicas_in_sync", 1)
+
+
 def _sum_over_replicas(gradients):
     """Return the gradients of the whole batch, where each replica has that of its share."""
-    if keras.backend.backend() != "tensorflow" or not gradients:
-        return gradients
     import tensorflow as tf
 
-    if tf.distribute.get_strategy().num_replicas_in_sync == 1:
-        return gradients
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, gradients)
 
 

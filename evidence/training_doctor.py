@@ -274,6 +274,12 @@ def measure(group, kind, seed, data):
     ]
 
 
+def facts_of_programs():
+    """Return {name of a public program: what the tables say of it}."""
+    facts = "source", "fault", "exact", "symptoms"
+    return {name: {fact: getattr(program, fact) for fact in facts} for name, program in PROGRAMS.items()}
+
+
 def told(run):
     """Return the names of a run's findings that are not advice."""
     return [name for name, level, _ in run["findings"] if level != "advice"]
@@ -305,14 +311,14 @@ def verdict(program, runs):
     ranks = []
     for run in runs:
         names = {name for name, _, _ in run["findings"]}
-        ranks.append(0 if names & set(program.exact) else 1 if names & set(program.symptoms) else 2)
+        ranks.append(0 if names & set(program["exact"]) else 1 if names & set(program["symptoms"]) else 2)
     return ("exact", "symptom", "miss")[max(ranks)]
 
 
 def program_table(result):
     """Return what was said of each public program and of its repair as a dict from a column's title to its cells."""
     columns = {"program": [], "fault": [], "said of it": [], "verdict": [], "said of the repaired one": []}
-    for name, program in PROGRAMS.items():
+    for name, program in result["programs"].items():
         by_state = {
             state: [run for run in result["runs"] if run["kind"] == f"{name}, {state}"]
             for state in ("faulty", "repaired")
@@ -322,9 +328,9 @@ def program_table(result):
         said = {state: Counter(each for run in runs for each in told(run)) for state, runs in by_state.items()}
         advice = Counter(each for run in by_state["faulty"] for each, level, _ in run["findings"] if level == "advice")
         words = [f"{each} {count}" for each, count in said["faulty"].items()]
-        words += [f"(advice: {each} {count})" for each, count in advice.items() if each in program.exact]
-        columns["program"].append(f"{name}: {program.source}")
-        columns["fault"].append(program.fault)
+        words += [f"(advice: {each} {count})" for each, count in advice.items() if each in program["exact"]]
+        columns["program"].append(f"{name}: {program['source']}")
+        columns["fault"].append(program["fault"])
         columns["said of it"].append(", ".join(words) or "–")
         columns["verdict"].append(verdict(program, by_state["faulty"]))
         columns["said of the repaired one"].append(
@@ -379,7 +385,7 @@ def main(*, seeds: PositiveInt | None = None, save: Path = RESULT):
         runs += new
         with finished.open("a", encoding="utf-8") as file:
             file.write(json.dumps(new) + "\n")
-    result = {"environment": environment(), "runs": runs}
+    result = {"environment": environment(), "programs": facts_of_programs(), "runs": runs}
     console = Console()
     console.print(rich_table("What TrainingDoctor found", table(result)))
     console.print(rich_table("What it said of public programs", program_table(result)))

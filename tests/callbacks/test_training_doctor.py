@@ -57,6 +57,18 @@ def message(doctor, name):
 # Findings in real runs
 
 
+def test_labels_all_the_same_are_a_fault_of_the_training_and_of_a_sorted_probe_only_advice():
+    same = np.full(256, 2)
+    doctor = TrainingDoctor((INPUTS[:32], same[:32]), verbose=0)
+    examine(build_model(keras.optimizers.Adam(0.1)), targets=same, doctor=doctor, epochs=20)
+    assert reproaches(doctor) == ["labels all the same"]
+    order = np.argsort(TARGETS)
+    doctor = TrainingDoctor((INPUTS[order[:32]], TARGETS[order[:32]]), verbose=0)
+    examine(build_model(keras.optimizers.Adam(0.05)), doctor=doctor, epochs=9)
+    assert "labels all the same" in names(doctor)
+    assert reproaches(doctor) == []
+
+
 def test_healthy_run_has_no_finding_and_says_so(capsys):
     doctor = TrainingDoctor((INPUTS[:32], TARGETS[:32]))
     examine(build_model(keras.optimizers.Adam(0.05)), doctor=doctor, validation_split=0.25, epochs=9)

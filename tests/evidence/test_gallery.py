@@ -77,6 +77,9 @@ def test_findings_of_training_doctor_are_counted_from_the_saved_runs(root):
     runs += [("sick", "dead units", 22, []), ("program", "reviews, faulty", 20, ["overfitting"])]
     result = {
         "environment": RESULT["environment"],
+        "programs": {
+            "reviews": {"source": "words of reviews", "fault": "by heart", "exact": ["overfitting"], "symptoms": []}
+        },
         "runs": [
             {
                 "group": group,
@@ -92,5 +95,5 @@ def test_findings_of_training_doctor_are_counted_from_the_saved_runs(root):
     text = generated_files(root)[gallery]
     assert "| nothing: first fit | 1 | – | – |" in text
     assert "| dead units | 2 | 1 | stuck at chance 1 |" in text
-    assert "| words of reviews, learned by heart | overfitting 1 | exact | – |" in text
+    assert "| reviews: words of reviews | by heart | overfitting 1 | exact | – |" in text
     assert "Seeds from 20 on;" in text

@@ -32,9 +32,10 @@ def test_contenders_take_turns_at_every_step(small, monkeypatch):
 
     names = [overhead.BASELINE, "second", "third"]
     monkeypatch.setattr(overhead, "contenders", lambda *_: {name: ("kind", [Record(name)]) for name in names})
-    kinds, seconds = overhead.measure("dense", jit_compile=False, epochs=2)
+    kinds, seconds, ends = overhead.measure("dense", jit_compile=False, epochs=2)
     assert steps == [(name, batch) for _ in range(3) for batch in range(3) for name in names]
     assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys(names, 2)
+    assert all(0 < end < epoch for name in names for end, epoch in zip(ends[name], seconds[name], strict=True))
     assert kinds == dict.fromkeys(names, "kind")
 
 
@@ -63,7 +64,7 @@ def test_result_is_saved_and_shown(small, tmp_path, capsys):
     result = json.loads((tmp_path / "overhead.json").read_text())
     columns = overhead.table(result)
     assert columns["callback"] == list(result["seconds"][0]["epochs"])[1:]
-    assert len(columns) == 4
+    assert len(columns) == 5
     output = capsys.readouterr().out
     assert all(name in output for name in columns["callback"])
     assert overhead.note(result).startswith("2 epochs of 3 steps of 4 images; Keras")

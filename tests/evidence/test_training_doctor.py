@@ -30,7 +30,7 @@ RUNS = [
     run("program", "game_of_life, faulty", ("stopped while improving", ADVICE)),
     run("program", "game_of_life, repaired"),
 ]
-RESULT = {"environment": ENVIRONMENT, "runs": RUNS}
+RESULT = {"environment": ENVIRONMENT, "programs": training_doctor.facts_of_programs(), "runs": RUNS}
 
 
 def test_every_finding_has_sick_runs_or_a_program():
