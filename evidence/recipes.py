@@ -28,8 +28,11 @@ FURTHER = {
     "dropout": {"search": ["--search"]},
 }
 
-# A search compares every rate of a grid, for which fewer do.
-SEARCH_SEEDS = 3
+# Seeds of a result, and of a search, which compares every rate of a grid, for which fewer do.
+SEEDS, SEARCH_SEEDS = 5, 3
+
+# Recipes whose subject is time: each is measured alone, with all cores.
+EXCLUSIVE = {"bag_of_tricks"}
 
 LABELS = ["Symptom", "Technique", "Change", "Look for", "Cost", "Source"]
 

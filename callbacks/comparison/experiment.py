@@ -72,8 +72,8 @@ class Comparison:
         evaluate_batch_size: batch size of `evaluate` for arrays, a positive integer; None for that of `fit`.
         runs: planned number of runs, for the progress line, where the loop is not that of `runs`.
         settings: dict of what a reader must know to repeat the comparison; shown below the table and saved.
-        save: `NAME`, to write `NAME.json`, which grows with every run, and `NAME.svg` at the end. A suffix .json or
-            .svg is ignored.
+        save: `NAME`, to write `NAME.json`, which grows with every run, and the picture `NAME.svg` at the end;
+            `NAME.json` for the first alone.
 
     Raises:
         ValueError: an argument is outside its range; the metric's name does not tell its direction; a data set has no
@@ -131,7 +131,8 @@ class Comparison:
         self._console = None
         self._progress = None
         self._ctrl_c = False
-        _check_packages(["rich", "scipy"] + ["matplotlib", "pandas", "seaborn"] * (save is not None))
+        self._draws = save is not None and Path(save).suffix != ".json"
+        _check_packages(["rich", "scipy"] + ["matplotlib", "pandas", "seaborn"] * self._draws)
         self._saved = self._stamp = None
         self._path = None if save is None else _result_path(save)
         if self._path:
@@ -403,9 +404,10 @@ class Comparison:
 
     def _save_picture(self):
         if self._path:
+            self._say(f"Saved: {self._json}")
+        if self._draws:
             picture = self._path.with_name(f"{self._path.name}.svg")
             self.plot(picture)
-            self._say(f"Saved: {self._json}")
             self._say(f"Saved: {picture}")
 
     def _is_taken_over_in_part(self):
@@ -693,8 +695,38 @@ class _Iteration:
         self.runs.append(run)
 
 
+class _Clock(keras.callbacks.Callback):
+    """The first of the callbacks: with the last, it measures the seconds of an epoch's steps and of its callbacks.
+
+    They reach from the epoch's beginning to the end of its last step, and from the beginning of the callbacks' work at
+    the epoch's end to its end. So validation is left out, and so is a wait between the two: on TensorFlow 2.21 the
+    iterator that ends with the epoch waits for the thread that tunes it, for up to as long as the epoch took.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.epoch = None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+        self.begin = self.last_step = self.callbacks_begin = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.callbacks_begin = time.perf_counter()
+
+    def end_step(self):
+        self.last_step = time.perf_counter()
+
+    def end_epoch(self):
+        """Return the seconds of the epoch; called by the last of the callbacks."""
+        return self.last_step - self.begin + time.perf_counter() - self.callbacks_begin
+
+
 class _Run(keras.callbacks.Callback):
     """One `fit` of a comparison: checks the model, sets its start, keeps logs and times, evaluates at the end."""
+
+    # It only notes the time when a step has ended, so Keras need not wait for each. Not documented; Keras 3.15.
+    async_safe = True
 
     def __init__(self, comparison, variant, seed, rate=None):
         super().__init__()
@@ -709,8 +741,10 @@ class _Run(keras.callbacks.Callback):
         # arguments of `fit`. Tried on Keras 3.15.
         caller = sys._getframe(1)
         callback_list = caller.f_locals.get("self")
+        self._clock = _Clock()
         if isinstance(callback_list, keras.callbacks.CallbackList):
-            callback_list.callbacks = [each for each in callback_list.callbacks if each is not self] + [self]
+            others = [each for each in callback_list.callbacks if each is not self]
+            callback_list.callbacks = [self._clock, *others, self]
         while caller and not (caller.f_code.co_name == "fit" and caller.f_locals.get("self") is model):
             caller = caller.f_back
         arguments = caller.f_locals if caller else {}
@@ -733,10 +767,15 @@ class _Run(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self.comparison._raise_ctrl_c()
-        self._epoch_start = time.perf_counter()
+        if self._clock.epoch != epoch:
+            # The list of callbacks is the caller's own.
+            self._clock.on_epoch_begin(epoch)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._clock.end_step()
 
     def on_epoch_end(self, epoch, logs=None):
-        self.epoch_seconds.append(time.perf_counter() - self._epoch_start)
+        self.epoch_seconds.append(round(self._clock.end_epoch(), 6))
         for name, value in _floats(logs).items():
             self.curve.setdefault(name, []).append(value)
             self.epochs.setdefault(name, []).append(epoch + 1)

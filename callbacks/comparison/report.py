@@ -9,6 +9,8 @@ import textwrap
 from .statistics import FEWEST_SEEDS
 
 WIDTH_OF_HEADING = 15
+# Ratios of times that machines and chance make.
+SAME_TIME = 0.05
 ROW_STYLES = {"better": "green", "slightly better": "green", "worse": "red", "slightly worse": "red"}
 
 
@@ -24,7 +26,7 @@ def table(result):
         "verdict": [_verdict_cell(row) for row in rows],
         "diverged": [f"{row['diverged']} of {row['seeds']}" if any_diverged else "–" for row in rows],
         "gap": [_number(row["gap"], sign="+") for row in rows],
-        "time": ["–" if row["time"] is None else f"{row['time']:.2f}" for row in rows],
+        "time": [_time_cell(row) for row in rows],
     }
     for name in _figure_names(rows):
         title = f"{name} (figure)" if name in columns else name
@@ -133,6 +135,15 @@ def number_in_words(value):
     return _number(value)
 
 
+def _time_cell(row):
+    if row["time"] is None:
+        return "–"
+    if abs(row["time"] - 1) <= SAME_TIME:
+        return "1" if row["verdict"] == "baseline" else "same"
+    lower, upper = row["time_quartiles"]
+    return f"{row['time']:.2f}" + f" ({lower:.2f}–{upper:.2f})" * (row["seeds"] > 1)
+
+
 def _notes_of_comparison(result):
     rows = result.summary()
     seeds, differences = rows[0]["seeds"], len(rows) - 1
@@ -172,7 +183,8 @@ def _notes_of_comparison(result):
     if any(row["gap"] is not None for row in rows):
         found.append(f"gap: training minus {result.split} {result.metric}, both by evaluate().")
     if any(row["time"] is not None for row in rows):
-        found.append("time: per epoch, relative to the baseline.")
+        quartiles = ", median (quartiles) over seeds" if seeds > 1 else ""
+        found.append(f"time: per epoch, relative to the baseline{quartiles}; same: within {SAME_TIME:.0%} of it.")
     if seeds > 1 and (names := _figure_names(rows)):
         found.append(f"{', '.join(names)}: median over seeds.")
     return found

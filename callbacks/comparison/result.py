@@ -60,7 +60,8 @@ class Result:
         interrupted: whether runs are missing, because the comparison has not ended, or was interrupted.
         unequal_starts: dict from a variant to the names of the weights whose start is not that of the first variant.
         runs: list of dicts with `variant`, `seed`, `metrics` (by split), `curve` (by name, a value for each epoch),
-            `epochs` (by name, where not every epoch has a value), `epoch_seconds` and, in a search, `rate`.
+            `epochs` (by name, where not every epoch has a value), `epoch_seconds` (of steps and callbacks, without
+            validation) and, in a search, `rate`.
         figures: list of dicts with `variant`, `seed`, `name` and `value`.
         signals: list of dicts with `variant`, `seed`, `name`, `by`, `scale`, `values` and, if not 1, 2, …, `at`.
         start: dict with `seed` and `weights` (text) of an unfinished seed, for those who go on with it, or None.
@@ -232,10 +233,10 @@ class Result:
         the metric and its 95 % interval, over the runs that did not diverge; `difference`, `difference_half_width` and
         `range`, the mean of the paired differences from the baseline, its adjusted 95 % interval and the lowest and
         highest, over the `pairs` seeds in which neither diverged; `gap`, the training figure minus the test figure;
-        `time`, the seconds per epoch relative to the baseline, the median over seeds; `figures`, a dict from each name
-        given to `add_figure` to its median over seeds; `repeats`, the seeds whose figures equal another seed's to the
-        bit; `verdict`, "baseline", "no verdict" or in words, `short_verdict`, `by_divergence` and `seeds_needed`. What
-        does not apply is None.
+        `time` and `time_quartiles`, the seconds per epoch relative to the baseline, the median over seeds and its
+        quartiles; `figures`, a dict from each name given to `add_figure` to its median over seeds; `repeats`, the seeds
+        whose figures equal another seed's to the bit; `verdict`, "baseline", "no verdict" or in words, `short_verdict`,
+        `by_divergence` and `seeds_needed`. What does not apply is None.
 
         Raises:
             ValueError: the baseline was not run, the variants saw different seeds, or this is a search.
@@ -302,7 +303,8 @@ class Result:
             "difference_half_width": None,
             "range": None,
             "gap": None,
-            "time": _relative_time(by_seed, baseline),
+            "time": None,
+            "time_quartiles": None,
             "figures": self._medians(variant, by_seed),
             "repeats": self._repeated_seeds(by_seed),
             "verdict": "baseline" if variant == self.baseline else "no verdict",
@@ -310,6 +312,9 @@ class Result:
             "by_divergence": False,
             "seeds_needed": None,
         }
+        if ratios := _relative_times(by_seed, baseline):
+            row["time"] = statistics.median(ratios)
+            row["time_quartiles"] = _quartiles(ratios)
         if finite and all(self.metric in run["metrics"].get("train", {}) for run in finite):
             row["gap"] = statistics.fmean(run["metrics"]["train"][self.metric] for run in finite) - row["mean"]
         if variant != self.baseline and baseline:
@@ -384,16 +389,21 @@ def _figures_of_a_run(by_seed):
     )
 
 
-def _relative_time(by_seed, baseline):
-    """Return the ratio of the median epoch times, the median over seeds, or None where there are no times."""
+def _relative_times(by_seed, baseline):
+    """Return the ratio of the median epoch times for each seed, or [] where there are no times."""
     if not baseline or not all(run["epoch_seconds"] for runs in (by_seed, baseline) for run in runs.values()):
-        return None
+        return []
 
     def epoch_time(run):
         # The first epoch compiles the model, so it counts only if it is the only one.
         return statistics.median(run["epoch_seconds"][1:] or run["epoch_seconds"])
 
-    return statistics.median(epoch_time(run) / epoch_time(baseline[seed]) for seed, run in by_seed.items())
+    return [epoch_time(run) / epoch_time(baseline[seed]) for seed, run in by_seed.items()]
+
+
+def _quartiles(values):
+    """Return the lower and the upper quartile, of one value the value itself."""
+    return tuple(statistics.quantiles(values, n=4, method="inclusive")[::2]) if len(values) > 1 else (values[0],) * 2
 
 
 def _as_json(value):

@@ -1,5 +1,6 @@
 """The command `python -m evidence`, in a copy of the project with a recipe that needs no training."""
 
+import concurrent.futures
 import json
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ import cyclopts
 import pytest
 
 from callbacks.comparison import Result
-from evidence import __main__, recipes
+from evidence import __main__, recipes, units
 from evidence.recipes import ROOT
 
 RECIPE = '''"""Quick: it adds figures without training.
@@ -27,21 +28,24 @@ Cost: e.
 Source: f.
 """
 
-import argparse
+from pathlib import Path
+
+import cyclopts
 
 from callbacks import Comparison
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--seeds", type=int)
-parser.add_argument("--save")
-parser.add_argument("--dataset")
-parser.add_argument("--gain", type=float, default=0.125)
-arguments = parser.parse_args()
 
-with Comparison(baseline="off", metric="accuracy", save=arguments.save, settings={"epochs": 3}) as comparison:
-    for seed in range(arguments.seeds):
-        comparison.add("off", seed, {"accuracy": 0.5 + 0.01 * seed})
-        comparison.add("on", seed, {"accuracy": 0.5 + arguments.gain + 0.011 * seed})
+def main(*, dataset: str = "none", seeds: int = 1, save: Path | None = None, gain: float = 0.125):
+    """Add figures."""
+    with Comparison(baseline="off", metric="accuracy", margin=0.01, save=save, settings={"epochs": 3}) as comparison:
+        for seed in range(seeds) if isinstance(seeds, int) else seeds:
+            comparison.add("off", seed, {"accuracy": 0.5 + 0.01 * seed})
+            comparison.add("on", seed, {"accuracy": 0.5 + gain + 0.011 * seed})
+    return comparison
+
+
+if __name__ == "__main__":
+    cyclopts.run(main, result_action="return_value")
 '''
 
 
@@ -58,11 +62,26 @@ def project(tmp_path):
     return tmp_path
 
 
+class Here(concurrent.futures.Executor):
+    """Runs units in this process."""
+
+    def __init__(self, root):
+        self.root = root
+
+    def submit(self, function, unit):
+        future = concurrent.futures.Future()
+        try:
+            future.set_result(function(unit, self.root))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
 @pytest.fixture
 def evidence(project, monkeypatch, capfd):
     """Return a function that runs the command in the project, and gives its exit code and what it printed."""
     monkeypatch.setattr(__main__, "ROOT", project)
-    monkeypatch.setenv("PYTHONPATH", str(project))
+    monkeypatch.setattr(units, "processes", lambda *_, **__: Here(project))
 
     def run(*arguments):
         try:
@@ -93,7 +112,8 @@ def test_stale_recipes_are_measured_and_everything_is_made_from_the_results(proj
 
     code, output = evidence("--seeds", "3")
     assert code == 0
-    assert "[1/1, after 0 min] recipes/numerics/quick.py" in output
+    assert "[3/3, about 0 min left] recipes/numerics/quick.py, seed " in output
+    assert not any((project / "evidence" / ".units").glob("*/*"))
     content = json.loads(result(project).read_text())
     assert content["recipe"] == "recipes/numerics/quick.py"
     assert {run["seed"] for run in content["runs"]} == {0, 1, 2}
@@ -114,9 +134,54 @@ def test_stale_recipes_are_measured_and_everything_is_made_from_the_results(proj
     code, output = evidence("quick", "--seeds", "3")
     assert "0 measured, 1 fresh" in output
     code, output = evidence("--check")
-    assert "its result has 3 seeds, not 5" in output
+    assert "its result has 3 seeds, not 5. Run: python -m evidence quick" in output
     code, output = evidence("--seeds", "3", "--force")
+    assert "[3/3" in output
     assert "1 measured, 0 fresh" in output
+
+
+def test_missing_seeds_alone_are_run_and_added_to_the_result(project, evidence):
+    assert evidence("--seeds", "2")[0] == 0
+    first = Result.load(result(project))
+    code, output = evidence("--seeds", "4")
+    assert "[2/2" in output and "seed 3" in output and "seed 1" not in output
+    content = Result.load(result(project))
+    assert [run for run in content.runs if run["seed"] < 2] == first.runs
+    expected = {seed: 0.5 + 0.01 * seed for seed in range(4)}
+    assert {run["seed"]: run["metrics"]["test"]["accuracy"] for run in content.runs[::2]} == expected
+
+
+def test_seeds_measured_with_other_versions_are_not_added_to(project, evidence):
+    assert evidence("--seeds", "2")[0] == 0
+    result(project).write_text(result(project).read_text().replace('"python": "3', '"python": "2'))
+    assert "[3/3" in evidence("--seeds", "3")[1]
+
+
+def test_what_fails_is_told_at_the_end_and_the_rest_goes_on(project, evidence):
+    second = project / "recipes" / "numerics" / "second.py"
+    script = RECIPE.replace("Quick:", "Second:")
+    second.write_text(script.replace('comparison.add("off"', 'assert seed != 1, "one is bad"; comparison.add("off"'))
+    code, output = evidence("--seeds", "3")
+    assert code == 1
+    assert "1 measured, 0 fresh" in output
+    last = output.splitlines()[-1]
+    assert last.startswith("Failed: recipes/numerics/second.py: recipes/numerics/second.py, seed 1: one is bad;")
+    second.write_text(script)
+    # Other code, so that nothing of it was finished.
+    assert "[3/3" in evidence("--seeds", "3")[1]
+
+
+def test_units_that_were_finished_are_not_run_again(project, evidence):
+    calls = project / "calls"
+    room = project / "room"
+    lines = [f'open({str(calls)!r}, "a").write(f"{{seeds}}")', f"assert seeds != [2] or Path({str(room)!r}).exists()"]
+    change(project, '    """Add figures."""\n', "".join(f"    {line}\n" for line in lines))
+    assert evidence("--seeds", "4")[0] == 1
+    assert calls.read_text() == "[0][1][2][3]"
+    room.touch()
+    assert evidence("--seeds", "4")[0] == 0
+    assert calls.read_text() == "[0][1][2][3][2]"
+    assert {run["seed"] for run in Result.load(result(project)).runs} == {0, 1, 2, 3}
 
 
 def test_further_results_of_a_recipe_are_made_with_their_flags(project, evidence, monkeypatch):
@@ -158,7 +223,7 @@ def test_check_names_a_recipe_whose_code_has_changed_but_not_one_whose_docstring
     readme.write_text(readme.read_text().replace("| better |", "| much better |"))
     code, output = evidence("--check")
     assert code == 1
-    assert "README.md: its generated text differs" in output
+    assert "README.md: its text differs" in output
     assert "quick.py" not in output
 
 
@@ -167,8 +232,8 @@ def test_failed_recipe_leaves_the_old_result(project, evidence):
     old = result(project).read_bytes(), result(project).with_suffix(".svg").read_bytes()
     change(project, '        comparison.add("on"', '        raise SystemExit(3)\n        comparison.add("on"')
     code, output = evidence()
-    assert code == 3
-    assert "its old result stays as it was" in output
+    assert code == 1
+    assert "its old result stays" in output
     assert (result(project).read_bytes(), result(project).with_suffix(".svg").read_bytes()) == old
     assert sorted(path.name for path in result(project).parent.iterdir()) == ["quick.json", "quick.svg"]
 
@@ -178,8 +243,8 @@ def test_what_force_has_left_to_do_is_done_by_the_next_call(project, evidence):
     second.write_text(RECIPE.replace("Quick:", "Second:"))
     assert evidence()[0] == 0
     script = second.read_text()
-    second.write_text("raise SystemExit(130)\n")
-    assert evidence("--force")[0] == 130
+    second.write_text(script.replace('    """Add figures."""', "    raise SystemExit(130)"))
+    assert evidence("--force")[0] == 1
     second.write_text(script)
 
     code, output = evidence("--check")

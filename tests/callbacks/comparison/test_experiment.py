@@ -529,6 +529,36 @@ def test_run_records_logs_times_data_and_the_figures_of_evaluate():
     assert "epochs" not in run
 
 
+def test_time_of_an_epoch_is_that_of_its_steps_and_callbacks_without_validation_and_waits(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("callbacks.comparison.experiment.time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def spend(seconds):
+        return lambda *_: now.__setitem__(0, now[0] + seconds)
+
+    class Data(keras.utils.PyDataset):
+        """Two batches; it waits when an epoch has ended, as TensorFlow's iterators do."""
+
+        on_epoch_end = spend(100)
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return tuple(array[8 * index : 8 * index + 8] for array in TRAIN)
+
+    class Spend(keras.callbacks.Callback):
+        on_epoch_begin, on_train_batch_begin, on_train_batch_end = spend(1000), spend(1), spend(2)
+        on_test_begin, on_epoch_end = spend(10), spend(2000)
+
+    comparison = new_comparison()
+    model = build_model()
+    model.fit(
+        Data(), epochs=2, validation_data=VALIDATION, verbose=0, callbacks=[comparison.run("a", 0), Spend(), Spend()]
+    )
+    assert comparison.result.runs[0]["epoch_seconds"] == [2 * (1000 + 2 * (1 + 2) + 2000)] * 2
+
+
 def test_epochs_without_validation_are_known():
     comparison = new_comparison()
     fit(build_model(), comparison.run("a", 0), epochs=5, validation_data=VALIDATION, validation_freq=2)
@@ -638,7 +668,7 @@ def test_every_finished_run_is_in_the_file_before_the_next_begins(tmp_path):
             fit(build_model(rate), run)
             comparison.add_figure(variant, run.seed, "rate", rate)
     assert [len(each) for each in seen] == [0, 1, 2, 3]
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {"name.json", "name.svg"}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"name.json"}
     loaded = Result.load(tmp_path / "new" / "name.json")
     assert loaded.summary() == comparison.summary()
     assert not loaded.interrupted

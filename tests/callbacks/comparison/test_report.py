@@ -57,7 +57,7 @@ def undecided_figures(seeds=10):
 def test_every_row_is_one_line_of_eighty_columns(metric, seeds, diverging):
     result = new_result(undecided_figures(seeds), metric=metric, settings={"dataset": "fashion_mnist_10k"})
     for run in result.runs:
-        run["epoch_seconds"] = [1.0]
+        run["epoch_seconds"] = [1.0 + 9.5 * (run["variant"] == LONGEST_NAME)]
         run["metrics"]["train"] = {metric: 0.9}
         if diverging and run["seed"] == 0 and run["variant"] == LONGEST_NAME:
             run["metrics"]["test"][metric] = np.nan
@@ -72,6 +72,15 @@ def test_every_row_is_one_line_of_eighty_columns(metric, seeds, diverging):
     assert line.startswith(LONGEST_NAME)
     assert all(cell in text for cells in columns.values() for cell in cells)
     assert "dataset fashion_mnist_10k" in text
+
+
+def test_ratio_of_times_near_one_is_the_same_and_others_have_quartiles():
+    seconds = {"a": [1.0, 1.0, 1.0], "b": [1.04, 0.5, 1.06], "c": [1.2, 1.3, 1.6]}
+    result = new_result({variant: [0.5, 0.6, 0.7] for variant in seconds})
+    for run in result.runs:
+        run["epoch_seconds"] = [seconds[run["variant"]][run["seed"]]]
+    assert table(result)["time"] == ["1", "same", "1.30 (1.25–1.45)"]
+    assert "median (quartiles) over seeds; same: within 5% of it" in " ".join(notes(result))
 
 
 def test_few_seeds_show_the_range_of_the_differences_and_no_verdict():
