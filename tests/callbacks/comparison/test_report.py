@@ -80,7 +80,7 @@ def test_ratio_of_times_near_one_is_the_same_and_others_have_quartiles():
     for run in result.runs:
         run["epoch_seconds"] = [seconds[run["variant"]][run["seed"]]]
     assert table(result)["time"] == ["1", "same", "1.30 (1.25–1.45)"]
-    assert "median (quartiles) over seeds; same: within 5% of it" in " ".join(notes(result))
+    assert "median (quartiles) over seeds; same: within 5 % of it" in " ".join(notes(result))
 
 
 def test_few_seeds_show_the_range_of_the_differences_and_no_verdict():
