@@ -121,36 +121,44 @@ def merge(root, recipe, path, units, begin_anew=False):
 def run_all(units, make_executor, note):
     """Run units on the executors that `make_executor` returns, and call `note(unit, text, error)` as each ends.
 
-    An executor one of whose processes was killed cannot go on: what is left is given to a new one.
+    An executor one of whose processes was killed cannot go on: what is left is given to a new one, until three in a
+    row have ended nothing.
     """
-    left = list(units)
+    left, in_vain = list(units), 0
     while left:
         before = len(left)
-        broken = None
-        executor = make_executor()
+        executor, futures = make_executor(), {}
         try:
-            futures = {executor.submit(run_unit, unit): unit for unit in left}
+            futures |= {executor.submit(run_unit, unit): unit for unit in left}
             for future in concurrent.futures.as_completed(futures):
                 unit = futures[future]
                 try:
                     text = future.result()
-                except concurrent.futures.BrokenExecutor as error:
-                    broken = error
+                except concurrent.futures.BrokenExecutor:
                     continue
-                except (Exception, SystemExit, concurrent.futures.CancelledError) as error:
+                except concurrent.futures.CancelledError:
+                    # Nobody here cancels any.
+                    raise ConnectionError(
+                        "The scheduler has gone, or does not answer any more. What was finished is kept: start it "
+                        "again, and give the same command."
+                    ) from None
+                except (Exception, SystemExit) as error:
                     note(unit, None, error)
                 else:
                     note(unit, text, None)
                 left.remove(unit)
         except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
+            for future in futures:
+                future.cancel()
+            executor.shutdown(wait=False)
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
         executor.shutdown()
-        if broken and len(left) == before:
+        in_vain = in_vain + 1 if len(left) == before else 0
+        if in_vain == 3:
             for unit in left:
-                note(unit, None, broken)
+                note(unit, None, MemoryError("its process was killed three times, perhaps because memory ran out"))
             return
 
 
