@@ -184,7 +184,8 @@ def _notes_of_comparison(result):
         found.append(f"gap: training minus {result.split} {result.metric}, both by evaluate().")
     if any(row["time"] is not None for row in rows):
         quartiles = ", median (quartiles) over seeds" if seeds > 1 else ""
-        found.append(f"time: per epoch, relative to the baseline{quartiles}; same: within {100 * SAME_TIME:.0f} % of it.")
+        same = f"same: within {100 * SAME_TIME:.0f} % of it"
+        found.append(f"time: per epoch, relative to the baseline{quartiles}; {same}.")
     if seeds > 1 and (names := _figure_names(rows)):
         found.append(f"{', '.join(names)}: median over seeds.")
     return found

@@ -100,7 +100,7 @@ def output_does_not_fit(facts, signs, limits):
     if facts.get("target_values", 0) == 2 and _are_classes(facts) and loss in ("absolute", "squared"):
         if loss == "absolute":
             level = FAULT if is_poor(signs, limits) and "last" in signs else ADVICE
-            return level, "the targets are 0 or 1, and the mean absolute error draws outputs to the more frequent of the two."
+            return level, "the targets are 0 or 1, and the mean absolute error draws outputs to the more frequent."
         return ADVICE, "the targets are 0 or 1, and the loss is a squared error: cross-entropy learns classes faster."
     return None
 
