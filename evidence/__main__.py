@@ -12,7 +12,7 @@ import cyclopts
 from cyclopts.types import PositiveInt
 
 from callbacks.comparison import write_whole
-from evidence.gallery import generated_files
+from evidence.pages import generated_files
 from evidence.recipes import ROOT, digest, find_recipes, measurements, seeds_for, unprepared_dataset, why_stale
 
 

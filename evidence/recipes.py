@@ -37,7 +37,8 @@ COUNT = rf"(?:{NUMBER}|two|three|four|five|ten)"
 MEASURED = [
     rf"{NUMBER} ± {NUMBER}",
     rf"{NUMBER} (?:to {NUMBER} )?points?\b",
-    rf"{COUNT} (?:of \w+ )?seeds\b",
+    rf"{COUNT} (?:of \w+ )?(?:seeds|runs)\b",
+    r"\d\.\d+ (?:\w+ )?accuracy\b",
     r"\d+\.\d+ (?:%|times\b)",
     # Not the usual settings, such as 0.001, 0.0003 and 0.999.
     r"\b0\.(?!0*[1-9]\b|9+\b)\d{3,}\b",

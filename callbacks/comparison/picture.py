@@ -12,7 +12,7 @@ import seaborn
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .report import display_name
+from .report import display_name, is_share
 from .result import replacing
 from .statistics import FEWEST_SEEDS
 
@@ -106,7 +106,7 @@ def _panels(result, runs):
                 "by": "epoch",
                 "scale": "linear",
                 "points": points,
-                "is_share": _is_share(result),
+                "is_share": is_share(result),
             }
     return list(panels.values())
 
@@ -205,11 +205,6 @@ def _label(text):
     """Return a text that matplotlib shows as it is: a dollar begins mathematics, an underscore hides a label."""
     shown = text.replace("$", r"\$")
     return f"\N{ZERO WIDTH SPACE}{shown}" if shown.startswith("_") else shown
-
-
-def _is_share(result):
-    name = result.metric.lower()
-    return name.endswith(("accuracy", "acc", "auc", "precision", "recall", "f1_score"))
 
 
 def _geometric_mean(values):

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from evidence.gallery import generated_files
+from evidence.pages import generated_files
 from evidence.recipes import ROOT, find_recipes, measurements, read_card, seeds_for, why_stale
 from tests.conftest import forget_programs, load_module
 
