@@ -85,6 +85,11 @@ class _Recipe:
         """The path of the default run's result."""
         return next(iter(self.flags))
 
+    @functools.cached_property
+    def summaries(self):
+        """{path: what `summary` gives} of the results that are no searches."""
+        return {path: result.summary() for path, result in self.results.items() if result.grid is None}
+
     def headline(self, path):
         """Return the headline of a result: the recipe's own for its default run, else that of the last variant."""
         variant, figure = read_headline(self.path) if path == self.default else (None, None)
@@ -140,7 +145,7 @@ def _index_cells(recipe):
     if recipe.default not in recipe.results:
         return NOT_MEASURED.format(recipe.measure), DASH, DASH
     result, headline = recipe.results[recipe.default], recipe.headline(recipe.default)
-    (row,) = [row for row in result.summary() if row["variant"] == headline["variant"]]
+    (row,) = [row for row in recipe.summaries[recipe.default] if row["variant"] == headline["variant"]]
     words = f"{_name(headline['variant'])}: {answer(headline, result)}"
     return words, time_in_words(row["time"]), seconds_of_a_run(result)
 
@@ -165,10 +170,8 @@ def answer(headline, result):
     verdict, figure = headline["verdict"], headline["figure"]
     if headline["by_divergence"] or headline["short_verdict"] is None:
         return escape_markdown(verdict)
-    if verdict == "the same":
-        return verdict
-    if verdict.startswith("undecided"):
-        return verdict
+    if verdict == "the same" or verdict.startswith("undecided"):
+        return verdict.replace(":", ",")
     if figure is not None:
         return figure_in_words(figure, headline["difference"], headline["difference_half_width"])
     difference = difference_in_words(headline, result)
@@ -263,9 +266,10 @@ def _measured_parts(recipe, path):
         tables, meaning = [_table(search_table(result))], _meaning_of_search(result)
         alternative = f"{name}: {result.split} {result.metric} by learning rate"
     else:
-        decisive, rest = _columns(result)
+        rows = recipe.summaries[path]
+        decisive, rest = _columns(result, rows)
         tables = [_table(decisive), *_tables({"variant": decisive["variant"]} | rest)]
-        meaning = _meaning(result, recipe.headline(path))
+        meaning = _meaning(result, rows, recipe.headline(path))
         alternative = f"{name}: curves of each variant, and differences in {result.split} {result.metric}"
     return [
         f"![{alternative}](../../evidence/{recipe.theme}/{path.stem}.svg)",
@@ -276,9 +280,9 @@ def _measured_parts(recipe, path):
     ]
 
 
-def _columns(result):
+def _columns(result, rows):
     """Return the columns that decide, and the others, each as a dict from a title to its cells."""
-    rows, share = result.summary(), is_share(result)
+    share = is_share(result)
     decisive = {
         "variant": [display_name(row["variant"]) for row in rows],
         f"{result.split} {result.metric}{', %' * share}": [
@@ -328,9 +332,9 @@ def _table(columns):
     return markdown_table({escape_markdown(title): list(map(shown, cells)) for title, cells in columns.items()})
 
 
-def _meaning(result, headline):
+def _meaning(result, rows, headline):
     """Return sentences, made from the verdicts: of the headline, then of the other variants."""
-    rows = [row for row in result.summary() if row["variant"] != result.baseline]
+    rows = [row for row in rows if row["variant"] != result.baseline]
     if not rows:
         return []
     sentences = [_headline_sentence(result, headline)]
