@@ -124,7 +124,8 @@ def _symptoms(recipes):
             f"{first_sentence(recipe.card['Symptom'])} → [{_in_text(recipe.card['Name'])}]({recipe.page})"
             for recipe in of_theme
         ]
-        lines.append(f"- **[{theme.capitalize()}](recipes/{theme}/README.md)**: {'; '.join(phrases)}")
+        # A line of its own for each, but few lines of the file.
+        lines.append(f"- **[{theme.capitalize()}](recipes/{theme}/README.md)**<br>{'<br>'.join(phrases)}")
     return "\n".join(lines)
 
 
@@ -135,8 +136,8 @@ def _index(recipes):
         rows.append([f"**{theme.capitalize()}**", "", "", ""])
         for recipe in of_theme:
             does = f"[{recipe.card['Name']}]({recipe.page}): {first_clause(recipe.card['Summary'])}"
-            rows.append([does, *_index_cells(recipe)])
-    titles = ("recipe", "answer", "time", "a run")
+            rows.append([does, *map(_unbroken, _index_cells(recipe))])
+    titles = ("recipe", "answer", "time", "a\N{NO-BREAK SPACE}run")
     return markdown_table({title: [row[place] for row in rows] for place, title in enumerate(titles)})
 
 
@@ -170,8 +171,10 @@ def answer(headline, result):
     verdict, figure = headline["verdict"], headline["figure"]
     if headline["by_divergence"] or headline["short_verdict"] is None:
         return escape_markdown(verdict)
-    if verdict == "the same" or verdict.startswith("undecided"):
-        return verdict.replace(":", ",")
+    if verdict == "the same":
+        return verdict
+    if verdict.startswith("undecided"):
+        return f"undecided, needs {_about(headline['seeds_needed'])} seeds"
     if figure is not None:
         return figure_in_words(figure, headline["difference"], headline["difference_half_width"])
     difference = difference_in_words(headline, result)
@@ -200,9 +203,9 @@ def difference_in_words(row, result):
         return " to ".join(_signed(scale * value, scale * value) for value in row["range"])
     if half_width is None:
         return _signed(scale * difference, scale * difference)
-    # As many digits as the wider of the two needs.
-    width = scale * half_width
-    return f"{_signed(scale * difference, width or scale * difference)} ± {_plain(width, width)}"
+    # One digit of the interval's width is enough for points, two for others.
+    width = scale * half_width if is_share(result) else half_width / 10
+    return f"{_signed(scale * difference, width or scale * difference)} ± {_plain(scale * half_width, width)}"
 
 
 def time_in_words(ratio):
@@ -302,7 +305,7 @@ def _columns(result, rows):
         gaps = [DASH if row["gap"] is None else _signed(scale * row["gap"], scale / 100) for row in rows]
         rest = {title: gaps} | {name: cells for name, cells in rest.items() if name != "gap"}
     if "time" in rest:
-        rest["time"] = [time_in_words(row["time"]) for row in rows]
+        rest["time"] = [time_in_words(row["time"]) if row["pairs"] is not None else DASH for row in rows]
     return decisive, rest
 
 
@@ -312,7 +315,9 @@ def verdict_in_words(row):
         return DASH
     if row["short_verdict"] is None:
         return "no verdict"
-    return row["short_verdict"].replace(", ~", ": ~") + " seeds" * row["short_verdict"].startswith("undecided")
+    if row["short_verdict"].startswith("undecided"):
+        return f"undecided: {_about(row['seeds_needed'])} seeds"
+    return row["short_verdict"]
 
 
 def _tables(columns):
@@ -326,10 +331,14 @@ def _tables(columns):
 
 def _table(columns):
     def shown(cell):
-        # A figure and its interval stay on one line.
-        return re.sub(r" (?=[±×])|(?<=±) ", "\N{NO-BREAK SPACE}", escape_markdown(cell))
+        return _unbroken(escape_markdown(cell))
 
     return markdown_table({escape_markdown(title): list(map(shown, cells)) for title, cells in columns.items()})
+
+
+def _unbroken(text):
+    """Return text with spaces that keep a figure and its interval or unit on one line."""
+    return re.sub(r" (?=[±×])|(?<=±) |(?<=\d) (?=s\b)", "\N{NO-BREAK SPACE}", text)
 
 
 def _meaning(result, rows, headline):
@@ -367,9 +376,8 @@ def _headline_sentence(result, headline):
     if headline["by_divergence"]:
         return f"{against}: {escape_markdown(verdict)} seeds."
     if kind == "undecided":
-        needed = headline["seeds_needed"]
-        how_many = f"about {needed} would" if needed else f"more than {MOST_SEEDS} would be needed"
-        return f"{against}: {seeds} seeds do not decide whether {subject} differs; {how_many}."
+        needed = _about(headline["seeds_needed"])
+        return f"{against}: {seeds} seeds do not decide whether {subject} differs; {needed} would."
     if kind == "the same":
         margin = f" by less than {_margin(result)}" if result.margin and headline["figure"] is None else " by nothing"
         return f"{against}: the same, {subject} differs{margin}."
@@ -378,9 +386,7 @@ def _headline_sentence(result, headline):
         words = figure_in_words(headline["figure"], difference, half_width)
         reached = f" to {rest}" if (rest := headline["figure"].partition(" to ")[2]) else ""
         return f"{against}: {words}{reached}, which is {verdict}."
-    scale, unit = (100, " points") if is_share(result) else (1, "")
-    width = scale * half_width
-    size = f"{_plain(abs(scale * difference), width or scale * difference)} ± {_plain(width, width)}{unit}"
+    size = difference_in_words(headline, result).lstrip("+−") + " points" * is_share(result)
     certainly = f", certainly by less than {_margin(result)}" if kind.startswith("slightly") else ""
     return f"{against}: {subject} is {size} {'lower' if difference < 0 else 'higher'}, which is {verdict}{certainly}."
 
@@ -390,12 +396,9 @@ def _group_clause(kind, rows, result):
     verb = "is" if len(rows) == 1 else "are"
     if kind == "undecided":
         needed = [row["seeds_needed"] for row in rows]
-        if None in needed:
-            how_many = f"more than {MOST_SEEDS} seeds would be needed"
-        else:
-            fewest, most = min(needed), max(needed)
-            how_many = f"about {fewest if fewest == most else f'{fewest} to {most}'} seeds would decide"
-        return f"{names} {verb} undecided ({how_many})"
+        fewest, most = (choose(needed, key=lambda count: count or math.inf) for choose in (min, max))
+        how_many = _about(fewest) + (f" to {most or _about(most)}" if fewest != most else "")
+        return f"{names} {verb} undecided ({how_many} seeds would decide)"
     if kind == "no verdict":
         return f"{names} {'has' if len(rows) == 1 else 'have'} no verdict"
     within = f" within {_margin(result)}" if kind == "the same" and result.margin else ""
@@ -538,6 +541,10 @@ def _enumerated(names):
 
 def _seeds(count):
     return f"{count} seed{'s' * (count != 1)}"
+
+
+def _about(seeds_needed):
+    return f"about {seeds_needed}" if seeds_needed else f"more than {MOST_SEEDS}"
 
 
 def _margin(result):

@@ -1,6 +1,7 @@
 """What the evidence runner knows of a recipe: where it is, its card, its result, and whether that result is stale."""
 
 import ast
+import functools
 import hashlib
 import json
 import re
@@ -64,7 +65,7 @@ def read_card(recipe):
     Raises:
         ValueError: the docstring does not begin with "Name: summary.", or its labels are not LABELS, in that order.
     """
-    docstring = ast.get_docstring(ast.parse(recipe.read_text(encoding="utf-8"))) or ""
+    docstring = ast.get_docstring(_parse(recipe.read_text(encoding="utf-8"))) or ""
     first_line, _, rest = docstring.partition("\n")
     parts = re.split(rf"^({'|'.join(LABELS)}): ", rest, flags=re.MULTILINE)
     if parts[1::2] != LABELS or not re.fullmatch(r"[^:]+: .+\.", first_line):
@@ -83,7 +84,7 @@ def read_headline(recipe):
 
     The figure is None where the metric carries it; both are None for a recipe without the constant.
     """
-    for statement in ast.parse(recipe.read_text(encoding="utf-8")).body:
+    for statement in _parse(recipe.read_text(encoding="utf-8")).body:
         if isinstance(statement, ast.Assign) and [ast.unparse(target) for target in statement.targets] == ["HEADLINE"]:
             headline = ast.literal_eval(statement.value)
             return (headline, None) if isinstance(headline, str) else headline
@@ -101,6 +102,12 @@ def measured_figures(card):
     # Code holds settings, be it indented or between backticks.
     prose = " ".join(" ".join(re.sub(r"^    .*$|`[^`]*`", " ", text, flags=re.MULTILINE) for text in texts).split())
     return [match[0] for match in re.finditer("|".join(MEASURED), prose)]
+
+
+@functools.cache
+def _parse(text):
+    """Return the syntax tree of a Python file's text, made once."""
+    return ast.parse(text)
 
 
 def result_path(recipe):

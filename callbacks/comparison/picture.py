@@ -18,7 +18,20 @@ from .statistics import FEWEST_SEEDS
 
 # Told apart by colour and, from the eleventh variant on, by dashes.
 DASHES = ["-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1))]
-RC = {"svg.fonttype": "none", "svg.hashsalt": "comparison", "font.family": "sans-serif"}
+# Two panels side by side with letters that can be read where both are as wide as a phone.
+PANEL = 3.7, 3.5
+RC = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "comparison",
+    "font.family": "sans-serif",
+    "font.size": 13,
+    "axes.titlesize": 13,
+    "axes.labelsize": 13,
+    "xtick.labelsize": 12,
+    "ytick.labelsize": 12,
+    "legend.fontsize": 12,
+    "lines.linewidth": 2,
+}
 
 
 def draw(result, path=None):
@@ -60,11 +73,16 @@ def _figure_of_comparison(result):
     panels = _panels(result, runs)
     has_differences = len(runs) > 1
     count = len(panels) + has_differences
-    columns = 2 if count == 4 else max(min(count, 3), 1)
+    columns = max(min(count, 2), 1)
     rows = max(math.ceil(count / columns), 1)
     with seaborn.axes_style("whitegrid"):
-        figure = Figure(figsize=(4 * columns, 3.6 * rows + 0.3), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows + 0.5), layout="constrained")
+        grid = figure.add_gridspec(rows, columns)
+        # The last panel, which decides, has a row of its own if its place would be alone there.
+        places = [divmod(place, columns) for place in range(count)]
+        is_alone = columns > 1 and count % columns == 1
+        spans = [grid[row, :] if is_alone and row == rows - 1 else grid[row, column] for row, column in places]
+        axes = [figure.add_subplot(span) for span in spans]
     for panel, each in zip(panels, axes, strict=False):
         _draw_lines(panel, each, lines)
     if has_differences:
@@ -73,9 +91,7 @@ def _figure_of_comparison(result):
     names = {variant: _label(display_name(variant)) for variant in runs if variant in drawn}
     handles = [Line2D([], [], label=label, **lines[variant]) for variant, label in names.items()]
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
-    for unused in axes[count:]:
-        unused.remove()
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), columns + 1), frameon=False)
     return figure
 
 
@@ -138,7 +154,7 @@ def _draw_lines(panel, axes, lines):
         axes.plot(places, middle, marker="o" if len(middle) == 1 or is_named else None, **line)
         axes.fill_between(places, by_place["min"], by_place["max"], color=line["color"], alpha=0.2, linewidth=0)
     axes.set(
-        title=_label(textwrap.fill(panel["title"], 36)),
+        title=_label(textwrap.fill(panel["title"], 30)),
         xlabel=_label(panel["by"]),
         ylabel=_label(panel["ylabel"]),
         yscale=panel["scale"],
@@ -155,6 +171,7 @@ def _draw_lines(panel, axes, lines):
 def _draw_differences(result, axes, runs, lines):
     """Draw each variant's paired differences from the baseline: dots for seeds, the mean with its interval."""
     rows = {row["variant"]: row for row in result.summary()}
+    scale, unit = (100, " in points") if is_share(result) else (1, "")
     baseline = runs.get(result.baseline, {})
     variants = [variant for variant in runs if variant != result.baseline]
     for position, variant in enumerate(variants):
@@ -163,21 +180,23 @@ def _draw_differences(result, axes, runs, lines):
             middle = axes.get_yaxis_transform()
             axes.text(0.5, position, _label(row["verdict"]), ha="center", va="center", transform=middle)
             continue
-        differences = list(result.differences(runs[variant], baseline).values())
+        differences = [scale * difference for difference in result.differences(runs[variant], baseline).values()]
         axes.plot(differences, [position] * len(differences), ".", color=color, alpha=0.5)
         # An interval of fewer than five seeds would hide all others.
         width = row["difference_half_width"] if row["seeds"] >= FEWEST_SEEDS else None
-        axes.errorbar(row["difference"], position, xerr=width, fmt="o", capsize=4, color=color)
+        axes.errorbar(
+            scale * row["difference"], position, xerr=width and scale * width, fmt="o", capsize=4, color=color
+        )
     axes.axvline(0, color="black", linewidth=1)
     if result.margin:
-        axes.axvspan(-result.margin, result.margin, color="black", alpha=0.06, linewidth=0)
+        axes.axvspan(-scale * result.margin, scale * result.margin, color="black", alpha=0.06, linewidth=0)
     axes.xaxis.get_major_locator().set_params(nbins=5)
-    axes.set_yticks(range(len(variants)), [_label(textwrap.fill(display_name(name), 24)) for name in variants])
+    axes.set_yticks(range(len(variants)), [_label(textwrap.fill(display_name(name), 18)) for name in variants])
     axes.set_ylim(max(len(variants), 1) - 0.5, -0.5)
     sign = "negative" if result.mode == "min" else "positive"
     title = f"{result.split} {result.metric}: difference from\n{display_name(str(result.baseline))}"
     margin = "\ngrey: within the margin" if result.margin else ""
-    axes.set(title=_label(title), xlabel=f"difference ({sign} is better){margin}")
+    axes.set(title=_label(title), xlabel=f"difference{unit} ({sign} is better){margin}")
 
 
 def _figure_of_search(result):
