@@ -86,7 +86,7 @@ def _figure_of_comparison(result):
     for panel, each in zip(panels, axes, strict=False):
         _draw_lines(panel, each, lines)
     if has_differences:
-        _draw_differences(result, axes[len(panels)], runs, lines)
+        _draw_differences(result, axes[len(panels)], runs, lines, letters=60 if is_alone or count == 1 else 26)
     drawn = dict.fromkeys(variant for panel in panels for variant, *_ in panel["points"])
     names = {variant: _label(display_name(variant)) for variant in runs if variant in drawn}
     handles = [Line2D([], [], label=label, **lines[variant]) for variant, label in names.items()]
@@ -168,8 +168,11 @@ def _draw_lines(panel, axes, lines):
         axes.set_ylim(max(low, 0.0), min(high, 1.0))
 
 
-def _draw_differences(result, axes, runs, lines):
-    """Draw each variant's paired differences from the baseline: dots for seeds, the mean with its interval."""
+def _draw_differences(result, axes, runs, lines, letters):
+    """Draw each variant's paired differences from the baseline: dots for seeds, the mean with its interval.
+
+    `letters` is how many fit into a line of the title and of the axis's label.
+    """
     rows = {row["variant"]: row for row in result.summary()}
     scale, unit = (100, " in points") if is_share(result) else (1, "")
     baseline = runs.get(result.baseline, {})
@@ -184,9 +187,8 @@ def _draw_differences(result, axes, runs, lines):
         axes.plot(differences, [position] * len(differences), ".", color=color, alpha=0.5)
         # An interval of fewer than five seeds would hide all others.
         width = row["difference_half_width"] if row["seeds"] >= FEWEST_SEEDS else None
-        axes.errorbar(
-            scale * row["difference"], position, xerr=width and scale * width, fmt="o", capsize=4, color=color
-        )
+        width = None if width is None else scale * width
+        axes.errorbar(scale * row["difference"], position, xerr=width, fmt="o", capsize=4, color=color)
     axes.axvline(0, color="black", linewidth=1)
     if result.margin:
         axes.axvspan(-scale * result.margin, scale * result.margin, color="black", alpha=0.06, linewidth=0)
@@ -194,9 +196,10 @@ def _draw_differences(result, axes, runs, lines):
     axes.set_yticks(range(len(variants)), [_label(textwrap.fill(display_name(name), 18)) for name in variants])
     axes.set_ylim(max(len(variants), 1) - 0.5, -0.5)
     sign = "negative" if result.mode == "min" else "positive"
-    title = f"{result.split} {result.metric}: difference from\n{display_name(str(result.baseline))}"
+    title = f"{result.split} {result.metric}: difference from {display_name(str(result.baseline))}"
+    label = textwrap.fill(f"difference{unit} ({sign} is better)", letters)
     margin = "\ngrey: within the margin" if result.margin else ""
-    axes.set(title=_label(title), xlabel=f"difference{unit} ({sign} is better){margin}")
+    axes.set(title=_label(textwrap.fill(title, letters)), xlabel=f"{label}{margin}")
 
 
 def _figure_of_search(result):

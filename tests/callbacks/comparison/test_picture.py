@@ -153,7 +153,7 @@ def test_last_panel_has_a_row_of_its_own_where_it_would_be_alone(signals, own_ro
     assert len(boxes) == 3 + signals
     assert (boxes[-1].width > 0.8) == own_row
     assert all(box.x0 < 0.5 < box.x1 for box in boxes[-1:]) == own_row
-    assert all(0 <= box.x0 and box.x1 <= 1 for box in boxes)
+    assert all(box.x0 >= 0 and box.x1 <= 1 for box in boxes)
 
 
 def test_letters_can_be_read_on_a_phone():
