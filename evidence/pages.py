@@ -338,7 +338,7 @@ def _table(columns):
 
 def _unbroken(text):
     """Return text with spaces that keep a figure and its interval or unit on one line."""
-    return re.sub(r" (?=[±×])|(?<=±) |(?<=\d) (?=s\b)", "\N{NO-BREAK SPACE}", text)
+    return re.sub(r" (?=[±×])|(?<=±) |(?<=\d) (?=s$)", "\N{NO-BREAK SPACE}", text)
 
 
 def _meaning(result, rows, headline):
@@ -466,7 +466,7 @@ def _callbacks(root):
         sentence = docstring.partition("\n")[0]
         parts.append(f"## {name}\n\n[`{place}`]({place}): {sentence}")
         if example := example_of(docstring):
-            parts.append(f"```python\n{example}\n```")
+            parts.append(f"```python\nfrom callbacks import {name}\n\n{example}\n```")
         picture = root / "evidence" / "callbacks" / f"{name}.svg"
         if picture.exists():
             parts.append(f"![What {name} shows](../evidence/callbacks/{name}.svg)")
@@ -481,8 +481,8 @@ def _cost_of_callback(name, overhead):
         for measured in overhead["seconds"]
         if not measured["jit_compile"]
     }
-    words = [f"{ratio:.3f} times with the {network} network" for network, ratio in ratios.items()]
-    return f"**Cost:** the time of an epoch becomes {_enumerated(words)}."
+    words = [f"{_percent(ratio - 1)} with the {network} network" for network, ratio in ratios.items()]
+    return f"**Cost:** an epoch's time changes by {_enumerated(words)}."
 
 
 # Measurements that are no recipes
@@ -564,6 +564,10 @@ def _plain(value, size=None):
     size = abs(value if size is None else size)
     decimals = min(max(1, -math.floor(math.log10(size))), 4) if size else 1
     return f"{value:.{decimals}f}"
+
+
+def _percent(share):
+    return f"{'−' if round(share, 3) < 0 else '+'}{abs(100 * share):.1f} %"
 
 
 def _with_fences(text):

@@ -197,7 +197,8 @@ def _draw_differences(result, axes, runs, lines, letters):
     axes.set_ylim(max(len(variants), 1) - 0.5, -0.5)
     sign = "negative" if result.mode == "min" else "positive"
     title = f"{result.split} {result.metric}: difference from {display_name(str(result.baseline))}"
-    label = textwrap.fill(f"difference{unit} ({sign} is better)", letters)
+    better = f"({sign} is better)"
+    label = f"difference{unit}{' ' if letters > len(better) + 20 else chr(10)}{better}"
     margin = "\ngrey: within the margin" if result.margin else ""
     axes.set(title=_label(textwrap.fill(title, letters)), xlabel=f"{label}{margin}")
 
