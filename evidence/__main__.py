@@ -1,4 +1,4 @@
-"""Measure every recipe whose result is stale, and make the gallery and the README's tables from the results."""
+"""Measure every recipe whose result is stale, and make the pages from the results."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ def main(
     check: bool = False,
     force: bool = False,
 ):
-    """Run the recipes whose results are stale, then remake the gallery and the README's tables.
+    """Run the recipes whose results are stale, then remake the pages.
 
     A result is stale when the recipe's code, or that of a callback it imports, has changed since it was measured;
     comments and docstrings do not count. When the command is interrupted, the results that it finished stay, and the
@@ -90,7 +90,7 @@ def main(
         write_whole(path, text)
     fresh = len(results) - len(stale) - len(skipped)
     counts = f"{len(stale)} measured, {fresh} fresh" + f", {len(skipped)} skipped" * bool(skipped)
-    print(f"{counts}; the gallery is evidence/README.md.")
+    print(f"{counts}; README.md has the answers.")
     return 0
 
 

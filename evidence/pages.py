@@ -133,22 +133,23 @@ def _index(recipes):
     """Return a table with a line for each recipe: what it does, what came out, what it costs."""
     rows = []
     for theme, of_theme in _by_theme(recipes):
-        rows.append([f"**{theme.capitalize()}**", "", "", ""])
+        rows.append([f"**{theme.capitalize()}**", "", ""])
         for recipe in of_theme:
             does = f"[{recipe.card['Name']}]({recipe.page}): {first_clause(recipe.card['Summary'])}"
             rows.append([does, *map(_unbroken, _index_cells(recipe))])
-    titles = ("recipe", "answer", "time", "a\N{NO-BREAK SPACE}run")
+    titles = ("recipe", "answer", "time, a run")
     return markdown_table({title: [row[place] for row in rows] for place, title in enumerate(titles)})
 
 
 def _index_cells(recipe):
-    """Return the answer of a recipe, its cost in time and the seconds of a run."""
+    """Return the answer of a recipe, and its cost in time with the seconds of a run."""
     if recipe.default not in recipe.results:
-        return NOT_MEASURED.format(recipe.measure), DASH, DASH
+        return NOT_MEASURED.format(recipe.measure), DASH
     result, headline = recipe.results[recipe.default], recipe.headline(recipe.default)
     (row,) = [row for row in recipe.summaries[recipe.default] if row["variant"] == headline["variant"]]
     words = f"{_name(headline['variant'])}: {answer(headline, result)}"
-    return words, time_in_words(row["time"]), seconds_of_a_run(result)
+    times = [time for time in (time_in_words(row["time"]), seconds_of_a_run(result)) if time != DASH]
+    return words, ", ".join(times) or DASH
 
 
 def first_sentence(text):
@@ -203,8 +204,8 @@ def difference_in_words(row, result):
         return " to ".join(_signed(scale * value, scale * value) for value in row["range"])
     if half_width is None:
         return _signed(scale * difference, scale * difference)
-    # One digit of the interval's width is enough for points, two for others.
-    width = scale * half_width if is_share(result) else half_width / 10
+    # One digit of the interval's width is enough for points, of which a hundredth is nothing; two for others.
+    width = max(scale * half_width, 0.01) if is_share(result) else half_width / 10
     return f"{_signed(scale * difference, width or scale * difference)} ± {_plain(scale * half_width, width)}"
 
 
@@ -288,7 +289,7 @@ def _columns(result, rows):
     share = is_share(result)
     decisive = {
         "variant": [display_name(row["variant"]) for row in rows],
-        f"{result.split} {result.metric}{', %' * share}": [
+        f"{result.split}, %" if share else f"{result.split} {result.metric}": [
             DASH if row["mean"] is None else f"{100 * row['mean']:.1f}" if share else f"{row['mean']:.4g}"
             for row in rows
         ],
@@ -451,7 +452,7 @@ def read_callbacks(root=ROOT):
 
 def example_of(docstring):
     """Return the code of a docstring's example, without the prompts, or None."""
-    match = re.search(r"^Example:\n\n((?:    .*\n?)+)", docstring, flags=re.MULTILINE)
+    match = re.search(r"^Example:\n((?:    .*\n?|\n)+)", docstring, flags=re.MULTILINE)
     lines = textwrap.dedent(match[1]).splitlines() if match else []
     return "\n".join(line[4:] for line in lines if line.startswith((">>> ", "... "))) or None
 

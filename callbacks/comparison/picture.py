@@ -156,7 +156,7 @@ def _draw_lines(panel, axes, lines):
     axes.set(
         title=_label(textwrap.fill(panel["title"], 30)),
         xlabel=_label(panel["by"]),
-        ylabel=_label(panel["ylabel"]),
+        ylabel=_label(textwrap.fill(panel["ylabel"], 30)),
         yscale=panel["scale"],
     )
     if is_named:
@@ -218,7 +218,7 @@ def _figure_of_search(result):
     if all(rate > 0 for rate in result.grid):
         axes.set_xscale("log")
     direction = "lower" if result.mode == "min" else "higher"
-    axes.set(xlabel="rate", ylabel=_label(f"{result.split} {result.metric} ({direction} is better)"))
+    axes.set(xlabel="rate", ylabel=_label(textwrap.fill(f"{result.split} {result.metric} ({direction} is better)", 30)))
     axes.set_title("mean over seeds by rate; large dots: the best")
     figure.legend(loc="outside lower center", ncols=min(len(rows), 3), frameon=False)
     return figure
