@@ -248,7 +248,7 @@ def _section(recipe):
         f"## {card['Name']}",
         f"[`{file}`]({file}): {card['Summary']}",
         f"**You see:** {_with_fences(card['Symptom'])}",
-        f"**Change:** {_with_fences(card['Change'])}",
+        f"**Change:** {_with_fences(card['Change'], 'python')}",
         *_measured_parts(recipe, first),
         f"**Cost:** {_with_fences(card['Cost'])}",
     ]
@@ -571,11 +571,11 @@ def _percent(share):
     return f"{'−' if round(share, 3) < 0 else '+'}{abs(100 * share):.1f} %"
 
 
-def _with_fences(text):
-    """Return a card's paragraphs, with the indented code between fences, so that code hosts let readers copy it."""
+def _with_fences(text, language="text"):
+    """Return a card's paragraphs, with the indented lines between fences, so that code hosts let readers copy them."""
     blocks = itertools.groupby(text.split("\n\n"), key=lambda block: block.startswith("    "))
     return "\n\n".join(
-        f"```python\n{textwrap.dedent(part).rstrip()}\n```" if is_code else part
+        f"```{language}\n{textwrap.dedent(part).rstrip()}\n```" if is_code else part
         for is_code, group in blocks
         for part in (["\n\n".join(group)] if is_code else map(_one_line, group))
     )

@@ -150,7 +150,10 @@ def test_check_names_a_recipe_whose_code_has_changed_but_not_one_whose_docstring
     assert "recipes/numerics/quick.py: its code has changed" in output
     change(project, "0.225", "0.125")
     change(project, "Look for: d.", "Look for: something else.")
-    assert evidence("--check")[0] == 0
+    code, output = evidence("--check")
+    assert (code, "quick.py" in output) == (1, False)
+    assert "recipes/numerics/README.md: its generated text differs" in output
+    assert "0 measured, 1 fresh" in evidence()[1]
 
     page = project / "recipes" / "numerics" / "README.md"
     assert "| better |" in page.read_text()
