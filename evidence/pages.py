@@ -206,6 +206,9 @@ def difference_in_words(row, result):
         return _signed(scale * difference, scale * difference)
     # One digit of the interval's width is enough for points, of which a hundredth is nothing; two for others.
     width = max(scale * half_width, 0.01) if is_share(result) else half_width / 10
+    if abs(difference) > half_width and _plain(scale * abs(difference), width) == _plain(scale * half_width, width):
+        # A digit more, without which an interval that leaves zero out would seem to reach it.
+        width /= 10
     return f"{_signed(scale * difference, width or scale * difference)} ± {_plain(scale * half_width, width)}"
 
 
@@ -378,14 +381,14 @@ def _headline_sentence(result, headline):
         return f"{against}: {escape_markdown(verdict)} seeds."
     if kind == "undecided":
         needed = _about(headline["seeds_needed"])
-        return f"{against}: {seeds} seeds do not decide whether {subject} differs; {needed} would."
+        return f"{against}: {seeds} seeds do not decide on {subject}; {needed} would."
     if kind == "the same":
         margin = f" by less than {_margin(result)}" if result.margin and headline["figure"] is None else " by nothing"
         return f"{against}: the same, {subject} differs{margin}."
     difference, half_width = headline["difference"], headline["difference_half_width"]
     if headline["figure"] is not None:
         words = figure_in_words(headline["figure"], difference, half_width)
-        reached = f" to {rest}" if (rest := headline["figure"].partition(" to ")[2]) else ""
+        reached = f" at {rest}" if (rest := headline["figure"].partition(" to ")[2]) else ""
         return f"{against}: {words}{reached}, which is {verdict}."
     size = difference_in_words(headline, result).lstrip("+−") + " points" * is_share(result)
     certainly = f", certainly by less than {_margin(result)}" if kind.startswith("slightly") else ""

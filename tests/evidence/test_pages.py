@@ -182,7 +182,8 @@ def test_headline_may_be_a_figure(name, sign, words, root):
     answer = row(page(root, "README.md"), "[Quick start]")[1]
     assert answer == f"on: {f'error {size}' if name == 'error' else f'{size} epochs'} {words}"
     text = page(root, "recipes/schedules/README.md")
-    assert f"which is {'worse' if sign > 0 else 'better'}. In test accuracy, **on** is better." in text
+    place = " at 0.8" if name == "epochs to 0.8" else ""
+    assert f"{words}{place}, which is {'worse' if sign > 0 else 'better'}. In test accuracy, **on** is better." in text
 
 
 def test_section_shows_the_lines_the_tables_and_what_they_mean(root):
@@ -246,6 +247,14 @@ def test_index_of_twice_as_many_recipes_has_room():
     assert sum(line.startswith("| ") for line in readme) == recipes + themes + 2
     assert sum(line.startswith("- **") for line in readme) == themes
     assert len(readme) + recipes + 2 * (15 - themes) <= 200
+
+
+@pytest.mark.parametrize(
+    "half_width, words", [(0.0079, "+0.82 ± 0.79"), (0.0082, "+0.8 ± 0.8"), (0.0074, "+0.8 ± 0.7")]
+)
+def test_interval_that_leaves_zero_out_is_seen_to_do_so(half_width, words):
+    row = {"difference": 0.0082, "difference_half_width": half_width, "seeds": 10, "pairs": 10}
+    assert pages.difference_in_words(row, Result(baseline="a", metric="accuracy", mode="max")) == words
 
 
 @pytest.mark.parametrize(
