@@ -244,7 +244,8 @@ class Result:
             ValueError: the baseline was not run, the variants saw different seeds, or this is a search.
         """
         runs = self.comparable_runs()
-        return [self._summarise(variant, runs) for variant in runs]
+        repeats = {variant: self._repeated_seeds(by_seed) for variant, by_seed in runs.items()}
+        return [self._summarise(variant, runs, repeats) for variant in runs]
 
     def headline(self, variant=None, figure=None):
         """Return what the seeds say of one variant against the baseline, in the metric or in another figure.
@@ -269,7 +270,8 @@ class Result:
             raise ValueError(f"There is no variant {variant!r} beside the baseline: choose from {others}.")
         keys = ("variant", "seeds", "pairs", "difference", "difference_half_width", "range", "verdict")
         keys += ("short_verdict", "by_divergence", "seeds_needed")
-        row = self._summarise(variant, runs)
+        repeats = {name: self._repeated_seeds(runs[name]) for name in (variant, self.baseline) if name in runs}
+        row = self._summarise(variant, runs, repeats)
         if figure is not None:
             values = {(each["variant"], each["seed"]): each["value"] for each in self.figures if each["name"] == figure}
             if not values:
@@ -324,7 +326,7 @@ class Result:
             if not self.has_diverged(run) and not self.has_diverged(baseline[seed])
         }
 
-    def _summarise(self, variant, runs):
+    def _summarise(self, variant, runs, repeats):
         by_seed, baseline = runs[variant], runs.get(self.baseline, {})
         finite = [run for run in by_seed.values() if not self.has_diverged(run)]
         figures = [self.figure_of(run) for run in finite]
@@ -341,7 +343,7 @@ class Result:
             "gap": None,
             "time": _relative_time(by_seed, baseline),
             "figures": self._medians(variant, by_seed),
-            "repeats": self._repeated_seeds(by_seed),
+            "repeats": repeats[variant],
             "verdict": "baseline" if variant == self.baseline else NO_VERDICT,
             "short_verdict": None,
             "by_divergence": False,
@@ -351,6 +353,9 @@ class Result:
             row["gap"] = statistics.fmean(run["metrics"]["train"][self.metric] for run in finite) - row["mean"]
         if variant != self.baseline and baseline:
             row |= self._judge(by_seed, baseline, len(runs) - 1)
+            repeated = any(repeats[name] and _figures_of_a_run(runs[name]) > 1 for name in (variant, self.baseline))
+            if repeated and row["verdict"] != NO_VERDICT:
+                row |= {"verdict": REPEATED, "short_verdict": None}
         return row
 
     def _judge(self, by_seed, baseline, differences_in_table):
@@ -358,13 +363,7 @@ class Result:
             [None if self.has_diverged(run) else self.figure_of(run) for run in (own, baseline[seed])]
             for seed, own in by_seed.items()
         ]
-        row = self._judge_pairs(pairs, differences_in_table, self.margin, self.mode == "min", "diverged")
-        is_judged = row["verdict"] != NO_VERDICT
-        if is_judged and any(
-            self._repeated_seeds(runs) and _figures_of_a_run(runs) > 1 for runs in (by_seed, baseline)
-        ):
-            row |= {"verdict": REPEATED, "short_verdict": None}
-        return row
+        return self._judge_pairs(pairs, differences_in_table, self.margin, self.mode == "min", "diverged")
 
     def _judge_pairs(self, pairs, differences_in_table, margin, lower_is_better, lack):
         """Return the part of a summary's row that judges pairs of the variant's figure and the baseline's.
