@@ -1,1 +1,1 @@
-"""The measured effects of the recipes: the runner (`python -m evidence`), the results and the gallery made of them."""
+"""The measured effects of the recipes: the runner (`python -m evidence`), the results and the pages made of them."""

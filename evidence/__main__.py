@@ -13,7 +13,7 @@ from rich.console import Console
 
 from callbacks.comparison.result import Result, write_whole
 from evidence import units
-from evidence.gallery import generated_files
+from evidence.pages import generated_files
 from evidence.recipes import (
     EXCLUSIVE,
     ROOT,
@@ -100,7 +100,7 @@ def main(
         write_whole(path, text)
     fresh = len(results) - len(stale) - len(skipped)
     counts = f"{len(stale) - len(failures)} measured, {fresh} fresh" + f", {len(skipped)} skipped" * bool(skipped)
-    print(f"{counts}; the gallery is evidence/README.md.")
+    print(f"{counts}; README.md has the answers.")
     for path, reason in failures.items():
         print(f"Failed: {command(*results[path])}: {reason}; what was finished is kept, and its old result stays.")
     return 1 if failures else 0

@@ -8,7 +8,6 @@ is spent when an epoch ends is also given in milliseconds.
 """
 
 import json
-import statistics
 import threading
 import time
 from pathlib import Path
@@ -24,13 +23,12 @@ from rich.console import Console
 import callbacks
 from callbacks.comparison import environment, write_whole
 from evidence.recipes import ROOT
-from evidence.tables import median_and_quartiles, rich_table
+from evidence.tables import BASELINE, overhead_note, overhead_table, rich_table
 
 RESULT = ROOT / "evidence" / "overhead.json"
 
 BATCH_SIZE = 128
 STEPS = 63  # of an epoch of the 8,000 embedded training images
-BASELINE = "no callback"
 
 
 class SecondGradientComputation(keras.callbacks.Callback):
@@ -201,40 +199,8 @@ def measure(network, jit_compile, epochs):
     return kinds, epochs, {name: clock.epoch_ends[1:] for name, clock in clocks.items()}
 
 
-def summarise(seconds):
-    """Return {name: (median, lower and upper quartile) of the ratios to the baseline's epochs}."""
-    ratios = {
-        name: [own / base for own, base in zip(times, seconds[BASELINE], strict=True)]
-        for name, times in seconds.items()
-    }
-    return {name: median_and_quartiles(values) for name, values in ratios.items() if name != BASELINE}
-
-
-def table(result):
-    """Return a saved result as a dict from a column's title to its cells."""
-    names = [name for name in result["kinds"] if name != BASELINE]
-    columns = {"callback": names, "kind": [result["kinds"][name] for name in names]}
-    for measured in result["seconds"]:
-        title = f"{measured['network']}, {'XLA' if measured['jit_compile'] else 'default'}"
-        ratios = summarise(measured["epochs"])
-        columns[title] = ["{:.3f} ({:.3f}–{:.3f})".format(*ratios[name]) for name in names]
-    # The same work in each: one column, of the first network, says it.
-    ends = result["seconds"][0]["epoch_ends"]
-    columns["ms when an epoch ends"] = [f"{1000 * statistics.median(ends[name]):.2f}" for name in names]
-    return columns
-
-
-def note(result):
-    """Return in words what a saved result was measured on."""
-    environment, epochs = result["environment"], len(result["seconds"][0]["epochs"][BASELINE])
-    return (
-        f"{epochs} epochs of {result['steps']} steps of {result['batch_size']} images; Keras {environment['keras']} on "
-        f"{environment['backend']}, Python {environment['python']}; {environment['processor']}."
-    )
-
-
 def main(*, epochs: PositiveInt = 30, save: Path = RESULT):
-    """Measure the cost of every callback at its default. `python -m evidence` puts the result into the README.
+    """Measure the cost of every callback at its default. `python -m evidence` puts the result into evidence/README.md.
 
     Args:
         epochs: epochs of 63 steps to measure, after one that compiles.
@@ -249,8 +215,8 @@ def main(*, epochs: PositiveInt = 30, save: Path = RESULT):
             result["seconds"].append(
                 {"network": network, "jit_compile": jit_compile, "epochs": seconds, "epoch_ends": ends}
             )
-    console.print(rich_table("Time relative to no callback: median (quartiles)", table(result)))
-    console.print(note(result), style="dim", highlight=False)
+    console.print(rich_table("Time relative to no callback: median (quartiles)", overhead_table(result)))
+    console.print(overhead_note(result), style="dim", highlight=False)
     write_whole(save, json.dumps(result, indent=1) + "\n")
 
 

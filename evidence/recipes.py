@@ -1,6 +1,7 @@
 """What the evidence runner knows of a recipe: where it is, its card, its result, and whether that result is stale."""
 
 import ast
+import functools
 import hashlib
 import json
 import re
@@ -34,6 +35,20 @@ SEEDS, SEARCH_SEEDS = 5, 3
 # Recipes whose subject is time: each is measured alone, with all cores.
 EXCLUSIVE = {"bag_of_tricks"}
 
+# Patterns of what a measured figure looks like.
+NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
+COUNT = rf"(?:{NUMBER}|two|three|four|five|ten)"
+MEASURED = [
+    rf"{NUMBER} ± {NUMBER}",
+    rf"{NUMBER} (?:to {NUMBER} )?points?\b",
+    rf"{COUNT} (?:of \w+ )?(?:seeds|runs)\b",
+    r"\d\.\d+ (?:\w+ )?accuracy\b",
+    r"\d+\.\d+ (?:%|times\b)",
+    # Not the usual settings, such as 0.001, 0.0003 and 0.999.
+    r"\b0\.(?!0*[1-9]\b|9+\b)\d{3,}\b",
+    rf"\b(?:accuracy|loss|gap|error)(?: \w+){{0,3}} (?:is|was|of|from|to|reaches|rises|falls) (?:about )?{NUMBER}",
+]
+
 LABELS = ["Symptom", "Technique", "Change", "Look for", "Cost", "Source"]
 
 
@@ -53,7 +68,7 @@ def read_card(recipe):
     Raises:
         ValueError: the docstring does not begin with "Name: summary.", or its labels are not LABELS, in that order.
     """
-    docstring = ast.get_docstring(ast.parse(recipe.read_text(encoding="utf-8"))) or ""
+    docstring = ast.get_docstring(_parse(recipe.read_text(encoding="utf-8"))) or ""
     first_line, _, rest = docstring.partition("\n")
     parts = re.split(rf"^({'|'.join(LABELS)}): ", rest, flags=re.MULTILINE)
     if parts[1::2] != LABELS or not re.fullmatch(r"[^:]+: .+\.", first_line):
@@ -65,6 +80,37 @@ def read_card(recipe):
     return {"Name": name, "Summary": summary} | {
         label: text.strip() for label, text in zip(parts[1::2], parts[2::2], strict=True)
     }
+
+
+def read_headline(recipe):
+    """Return (variant, figure) that carry a recipe's story, as its constant `HEADLINE` names them.
+
+    The figure is None where the metric carries it; both are None for a recipe without the constant.
+    """
+    for statement in _parse(recipe.read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.Assign) and [ast.unparse(target) for target in statement.targets] == ["HEADLINE"]:
+            headline = ast.literal_eval(statement.value)
+            return (headline, None) if isinstance(headline, str) else headline
+    return None, None
+
+
+def measured_figures(card):
+    """Return the phrases of a card that look like measured figures, which belong into results.
+
+    A card may name settings ("start with a rate of 0.5") and, under `Source`, the figures of others. What is looked for
+    is how measurements sound: ±, points, seeds, decimals of a percentage or of "times", a figure of three digits or
+    more behind the point, and what an accuracy, a loss or a gap is.
+    """
+    texts = [card["Summary"], *(card[label] for label in LABELS if label != "Source")]
+    # Code holds settings, be it indented or between backticks.
+    prose = " ".join(" ".join(re.sub(r"^    .*$|`[^`]*`", " ", text, flags=re.MULTILINE) for text in texts).split())
+    return [match[0] for match in re.finditer("|".join(MEASURED), prose)]
+
+
+@functools.cache
+def _parse(text):
+    """Return the syntax tree of a Python file's text, made once."""
+    return ast.parse(text)
 
 
 def result_path(recipe):

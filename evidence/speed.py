@@ -10,7 +10,6 @@ is the median over rounds.
 """
 
 import json
-import statistics
 import time
 from pathlib import Path
 from typing import Annotated
@@ -25,14 +24,13 @@ from rich.progress import track
 
 from callbacks.comparison import environment, write_whole
 from evidence.recipes import ROOT
-from evidence.tables import median_and_quartiles, rich_table
+from evidence.tables import OURS, rich_table, speed_note, speed_table
 
 RESULT = ROOT / "evidence" / "speed.json"
 
 BATCH_SIZE = 128
 STEPS = 63  # of an epoch of the 8,000 embedded training images
 EPOCHS = 5  # of a turn
-OURS = "our fit"
 
 
 def dense_network():
@@ -146,40 +144,11 @@ def measure(network, rounds):
     return speeds
 
 
-def summarise(speeds):
-    """Return {name: (median, lower and upper quartile) of how many times as fast our `fit` is}."""
-    return {
-        name: median_and_quartiles([ours / other for ours, other in zip(speeds[OURS], values, strict=True)])
-        for name, values in speeds.items()
-        if name != OURS
-    }
-
-
-def table(result):
-    """Return a saved result as a dict from a column's title to its cells."""
-    columns = {"network": list(result["speeds"]), f"{OURS}, images/s": []}
-    for speeds in result["speeds"].values():
-        columns[f"{OURS}, images/s"].append(f"{statistics.median(speeds[OURS]):,.0f}")
-        for name, ratio in summarise(speeds).items():
-            columns.setdefault(f"relative to {name}", []).append("{:.2f} ({:.2f}–{:.2f})".format(*ratio))
-    return columns
-
-
-def note(result):
-    """Return in words what a saved result was measured on."""
-    environment, rounds = result["environment"], len(next(iter(result["speeds"].values()))[OURS])
-    return (
-        f"Medians (quartiles) of {rounds} rounds of {result['epochs']} epochs of {result['steps']} steps of "
-        f"{result['batch_size']} images; Keras {environment['keras']} on {environment['backend']}, Python "
-        f"{environment['python']}; {environment['processor']}."
-    )
-
-
 AtLeastTwo = Annotated[int, cyclopts.Parameter(validator=cyclopts.validators.Number(gte=2))]
 
 
 def main(*, rounds: AtLeastTwo = 15, save: Path = RESULT):
-    """Measure how fast three ways of training are. `python -m evidence` puts the result into the README.
+    """Measure how fast three ways of training are. `python -m evidence` puts the result into evidence/README.md.
 
     Args:
         rounds: turns of each way; quartiles need two.
@@ -188,8 +157,10 @@ def main(*, rounds: AtLeastTwo = 15, save: Path = RESULT):
     result = {"environment": environment(), "batch_size": BATCH_SIZE, "steps": STEPS, "epochs": EPOCHS}
     result["speeds"] = {network: measure(network, rounds) for network in NETWORKS}
     console = Console()
-    console.print(rich_table("Images per second of our fit, and how many times as fast as others it is", table(result)))
-    console.print(note(result), style="dim", highlight=False)
+    console.print(
+        rich_table("Images per second of our fit, and how many times as fast as others it is", speed_table(result))
+    )
+    console.print(speed_note(result), style="dim", highlight=False)
     write_whole(save, json.dumps(result, indent=1) + "\n")
 
 

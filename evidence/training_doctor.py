@@ -8,7 +8,6 @@ measurement goes on when the command is given again. Seeds below 200 were used w
 
 import itertools
 import json
-from collections import Counter
 from pathlib import Path
 
 import cyclopts
@@ -24,11 +23,10 @@ from callbacks import TrainingDoctor
 from callbacks.comparison import environment, write_whole
 from evidence.faulty_programs import PROGRAMS
 from evidence.recipes import ROOT
-from evidence.tables import rich_table
+from evidence.tables import FITS, HEALTHY, PROGRAM, SICK_RUN, doctor_note, doctor_table, program_table, rich_table
 
 RESULT = ROOT / "evidence" / "training_doctor.json"
 
-HEALTHY, SICK_RUN, PROGRAM = "healthy", "sick", "program"
 # Seeds of each kind of run, from the first one on.
 SEEDS = {HEALTHY: 20, SICK_RUN: 10, PROGRAM: 2}
 FIRST_SEED = 200
@@ -93,7 +91,6 @@ TASKS = {"classification": classification, "binary": binary, "skewed regression"
 
 # Epochs of each batch size, of about as many steps as it takes.
 EPOCHS = {8: 2, 32: 6, 128: 16}
-FITS = ("first fit", "second fit", "fine-tuning")
 
 
 def doctor_for(probe):
@@ -280,83 +277,6 @@ def facts_of_programs():
     return {name: {fact: getattr(program, fact) for fact in facts} for name, program in PROGRAMS.items()}
 
 
-def told(run):
-    """Return the names of a run's findings that are not advice."""
-    return [name for name, level, _ in run["findings"] if level != "advice"]
-
-
-def table(result):
-    """Return what was found in healthy and in sick runs as a dict from a column's title to its cells."""
-    columns = {"what is wrong": [], "runs": [], "named": [], "also named": []}
-    healthy_runs = [run for run in result["runs"] if run["group"] == HEALTHY]
-    groups = {f"nothing: {fit}": [run for run in healthy_runs if run["fit"] == fit] for fit in FITS}
-    for run in result["runs"]:
-        if run["group"] == SICK_RUN:
-            groups.setdefault(run["kind"], []).append(run)
-    for kind, runs in groups.items():
-        # Of a sick run also the advice that it was made for.
-        counts = Counter(
-            name for run in runs for name, level, _ in run["findings"] if level != "advice" or name == run["kind"]
-        )
-        named = counts.pop(kind, 0)
-        columns["what is wrong"].append(kind)
-        columns["runs"].append(str(len(runs)))
-        columns["named"].append("–" if kind.startswith("nothing") else str(named))
-        columns["also named"].append(", ".join(f"{name} {count}" for name, count in counts.most_common()) or "–")
-    return columns
-
-
-def verdict(program, runs):
-    """Return "exact", "symptom" or "miss" for the runs of a faulty program: what is said of the least well told."""
-    ranks = []
-    for run in runs:
-        names = {name for name, _, _ in run["findings"]}
-        ranks.append(0 if names & set(program["exact"]) else 1 if names & set(program["symptoms"]) else 2)
-    return ("exact", "symptom", "miss")[max(ranks)]
-
-
-def program_table(result):
-    """Return what was said of each public program and of its repair as a dict from a column's title to its cells."""
-    columns = {"program": [], "fault": [], "said of it": [], "verdict": [], "said of the repaired one": []}
-    for name, program in result["programs"].items():
-        by_state = {
-            state: [run for run in result["runs"] if run["kind"] == f"{name}, {state}"]
-            for state in ("faulty", "repaired")
-        }
-        if not by_state["faulty"]:
-            continue
-        said = {state: Counter(each for run in runs for each in told(run)) for state, runs in by_state.items()}
-        advice = Counter(each for run in by_state["faulty"] for each, level, _ in run["findings"] if level == "advice")
-        words = [f"{each} {count}" for each, count in said["faulty"].items()]
-        words += [f"(advice: {each} {count})" for each, count in advice.items() if each in program["exact"]]
-        columns["program"].append(f"{name}: {program['source']}")
-        columns["fault"].append(program["fault"])
-        columns["said of it"].append(", ".join(words) or "–")
-        columns["verdict"].append(verdict(program, by_state["faulty"]))
-        columns["said of the repaired one"].append(
-            ", ".join(f"{each} {count}" for each, count in said["repaired"].items()) or "–"
-        )
-    return columns
-
-
-def note(result):
-    """Return the counts, and what they were measured on, in words."""
-    programs = program_table(result)
-    verdicts = Counter(programs["verdict"])
-    alarms = sum(cell != "–" for cell in programs["said of the repaired one"])
-    healthy_runs = [run for run in result["runs"] if run["group"] == HEALTHY]
-    false = sum(bool(told(run)) for run in healthy_runs)
-    seeds = [run["seed"] for run in result["runs"]]
-    environment = result["environment"]
-    return (
-        f"Of {len(programs['program'])} programs {verdicts['exact']} are named exactly, of {verdicts['symptom']} a "
-        f"symptom is, and {verdicts['miss']} are missed, counted by the worse of the seeds; {alarms} of the repaired "
-        f"ones are reproached with something. Of {len(healthy_runs)} healthy runs {false} are. Advice is no reproach. "
-        f"Seeds from {min(seeds)} on; Keras {environment['keras']} on {environment['backend']}, "
-        f"Python {environment['python']}; {environment['processor']}."
-    )
-
-
 def use_one_thread():
     """Hold TensorFlow, before its first operation, to one thread."""
     if keras.backend.backend() == "tensorflow":
@@ -387,9 +307,9 @@ def main(*, seeds: PositiveInt | None = None, save: Path = RESULT):
             file.write(json.dumps(new) + "\n")
     result = {"environment": environment(), "programs": facts_of_programs(), "runs": runs}
     console = Console()
-    console.print(rich_table("What TrainingDoctor found", table(result)))
+    console.print(rich_table("What TrainingDoctor found", doctor_table(result)))
     console.print(rich_table("What it said of public programs", program_table(result)))
-    console.print(note(result), style="dim", highlight=False)
+    console.print(doctor_note(result), style="dim", highlight=False)
     write_whole(save, json.dumps(result, indent=1) + "\n")
     finished.unlink(missing_ok=True)
 

@@ -12,13 +12,26 @@ import seaborn
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .report import display_name
+from .report import display_name, is_share
 from .result import replacing
 from .statistics import FEWEST_SEEDS
 
 # Told apart by colour and, from the eleventh variant on, by dashes.
 DASHES = ["-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1))]
-RC = {"svg.fonttype": "none", "svg.hashsalt": "comparison", "font.family": "sans-serif"}
+# Two panels side by side with letters that can be read where both are as wide as a phone.
+PANEL = 3.7, 3.5
+RC = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "comparison",
+    "font.family": "sans-serif",
+    "font.size": 13,
+    "axes.titlesize": 13,
+    "axes.labelsize": 13,
+    "xtick.labelsize": 12,
+    "ytick.labelsize": 12,
+    "legend.fontsize": 12,
+    "lines.linewidth": 2,
+}
 
 
 def draw(result, path=None):
@@ -60,22 +73,25 @@ def _figure_of_comparison(result):
     panels = _panels(result, runs)
     has_differences = len(runs) > 1
     count = len(panels) + has_differences
-    columns = 2 if count == 4 else max(min(count, 3), 1)
+    columns = max(min(count, 2), 1)
     rows = max(math.ceil(count / columns), 1)
     with seaborn.axes_style("whitegrid"):
-        figure = Figure(figsize=(4 * columns, 3.6 * rows + 0.3), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows + 0.5), layout="constrained")
+        grid = figure.add_gridspec(rows, columns)
+        # The last panel, which decides, has a row of its own if its place would be alone there.
+        places = [divmod(place, columns) for place in range(count)]
+        is_alone = columns > 1 and count % columns == 1
+        spans = [grid[row, :] if is_alone and row == rows - 1 else grid[row, column] for row, column in places]
+        axes = [figure.add_subplot(span) for span in spans]
     for panel, each in zip(panels, axes, strict=False):
         _draw_lines(panel, each, lines)
     if has_differences:
-        _draw_differences(result, axes[len(panels)], runs, lines)
+        _draw_differences(result, axes[len(panels)], runs, lines, letters=60 if is_alone or count == 1 else 26)
     drawn = dict.fromkeys(variant for panel in panels for variant, *_ in panel["points"])
     names = {variant: _label(display_name(variant)) for variant in runs if variant in drawn}
     handles = [Line2D([], [], label=label, **lines[variant]) for variant, label in names.items()]
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
-    for unused in axes[count:]:
-        unused.remove()
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), columns + 1), frameon=False)
     return figure
 
 
@@ -106,7 +122,7 @@ def _panels(result, runs):
                 "by": "epoch",
                 "scale": "linear",
                 "points": points,
-                "is_share": _is_share(result),
+                "is_share": is_share(result),
             }
     return list(panels.values())
 
@@ -138,9 +154,9 @@ def _draw_lines(panel, axes, lines):
         axes.plot(places, middle, marker="o" if len(middle) == 1 or is_named else None, **line)
         axes.fill_between(places, by_place["min"], by_place["max"], color=line["color"], alpha=0.2, linewidth=0)
     axes.set(
-        title=_label(textwrap.fill(panel["title"], 36)),
+        title=_label(textwrap.fill(panel["title"], 30)),
         xlabel=_label(panel["by"]),
-        ylabel=_label(panel["ylabel"]),
+        ylabel=_label(textwrap.fill(panel["ylabel"], 30)),
         yscale=panel["scale"],
     )
     if is_named:
@@ -152,9 +168,13 @@ def _draw_lines(panel, axes, lines):
         axes.set_ylim(max(low, 0.0), min(high, 1.0))
 
 
-def _draw_differences(result, axes, runs, lines):
-    """Draw each variant's paired differences from the baseline: dots for seeds, the mean with its interval."""
+def _draw_differences(result, axes, runs, lines, letters):
+    """Draw each variant's paired differences from the baseline: dots for seeds, the mean with its interval.
+
+    `letters` is how many fit into a line of the title and of the axis's label.
+    """
     rows = {row["variant"]: row for row in result.summary()}
+    scale, unit = (100, " in points") if is_share(result) else (1, "")
     baseline = runs.get(result.baseline, {})
     variants = [variant for variant in runs if variant != result.baseline]
     for position, variant in enumerate(variants):
@@ -163,21 +183,24 @@ def _draw_differences(result, axes, runs, lines):
             middle = axes.get_yaxis_transform()
             axes.text(0.5, position, _label(row["verdict"]), ha="center", va="center", transform=middle)
             continue
-        differences = list(result.differences(runs[variant], baseline).values())
+        differences = [scale * difference for difference in result.differences(runs[variant], baseline).values()]
         axes.plot(differences, [position] * len(differences), ".", color=color, alpha=0.5)
         # An interval of fewer than five seeds would hide all others.
         width = row["difference_half_width"] if row["seeds"] >= FEWEST_SEEDS else None
-        axes.errorbar(row["difference"], position, xerr=width, fmt="o", capsize=4, color=color)
+        width = None if width is None else scale * width
+        axes.errorbar(scale * row["difference"], position, xerr=width, fmt="o", capsize=4, color=color)
     axes.axvline(0, color="black", linewidth=1)
     if result.margin:
-        axes.axvspan(-result.margin, result.margin, color="black", alpha=0.06, linewidth=0)
+        axes.axvspan(-scale * result.margin, scale * result.margin, color="black", alpha=0.06, linewidth=0)
     axes.xaxis.get_major_locator().set_params(nbins=5)
-    axes.set_yticks(range(len(variants)), [_label(textwrap.fill(display_name(name), 24)) for name in variants])
+    axes.set_yticks(range(len(variants)), [_label(textwrap.fill(display_name(name), 18)) for name in variants])
     axes.set_ylim(max(len(variants), 1) - 0.5, -0.5)
     sign = "negative" if result.mode == "min" else "positive"
-    title = f"{result.split} {result.metric}: difference from\n{display_name(str(result.baseline))}"
+    title = f"{result.split} {result.metric}: difference from {display_name(str(result.baseline))}"
+    better = f"({sign} is better)"
+    label = f"difference{unit}{' ' if letters > len(better) + 20 else chr(10)}{better}"
     margin = "\ngrey: within the margin" if result.margin else ""
-    axes.set(title=_label(title), xlabel=f"difference ({sign} is better){margin}")
+    axes.set(title=_label(textwrap.fill(title, letters)), xlabel=f"{label}{margin}")
 
 
 def _figure_of_search(result):
@@ -195,7 +218,7 @@ def _figure_of_search(result):
     if all(rate > 0 for rate in result.grid):
         axes.set_xscale("log")
     direction = "lower" if result.mode == "min" else "higher"
-    axes.set(xlabel="rate", ylabel=_label(f"{result.split} {result.metric} ({direction} is better)"))
+    axes.set(xlabel="rate", ylabel=_label(textwrap.fill(f"{result.split} {result.metric} ({direction} is better)", 30)))
     axes.set_title("mean over seeds by rate; large dots: the best")
     figure.legend(loc="outside lower center", ncols=min(len(rows), 3), frameon=False)
     return figure
@@ -205,11 +228,6 @@ def _label(text):
     """Return a text that matplotlib shows as it is: a dollar begins mathematics, an underscore hides a label."""
     shown = text.replace("$", r"\$")
     return f"\N{ZERO WIDTH SPACE}{shown}" if shown.startswith("_") else shown
-
-
-def _is_share(result):
-    name = result.metric.lower()
-    return name.endswith(("accuracy", "acc", "auc", "precision", "recall", "f1_score"))
 
 
 def _geometric_mean(values):

@@ -144,6 +144,11 @@ def _time_cell(row):
     return f"{row['time']:.2f}" + f" ({lower:.2f}–{upper:.2f})" * (row["seeds"] > 1)
 
 
+def is_share(result):
+    """Return whether the metric lies between 0 and 1 by its name, such as an accuracy."""
+    return result.metric.lower().endswith(("accuracy", "acc", "auc", "precision", "recall", "f1_score"))
+
+
 def _notes_of_comparison(result):
     rows = result.summary()
     seeds, differences = rows[0]["seeds"], len(rows) - 1

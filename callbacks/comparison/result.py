@@ -30,6 +30,9 @@ IDENTITY = (
 )
 VERSIONS = ("python", "keras", "backend")
 
+NO_VERDICT = "no verdict"
+REPEATED = "no verdict: seeds repeat each other"
+
 TEXTS = ("variant", "name", "by", "scale", "at")
 
 
@@ -242,7 +245,43 @@ class Result:
             ValueError: the baseline was not run, the variants saw different seeds, or this is a search.
         """
         runs = self.comparable_runs()
-        return [self._summarise(variant, runs) for variant in runs]
+        repeats = {variant: self._repeated_seeds(by_seed) for variant, by_seed in runs.items()}
+        return [self._summarise(variant, runs, repeats) for variant in runs]
+
+    def headline(self, variant=None, figure=None):
+        """Return what the seeds say of one variant against the baseline, in the metric or in another figure.
+
+        Keys, as in `summary`: `variant`, `seeds`, `pairs`, `difference`, `difference_half_width`, `range`, `verdict`,
+        `short_verdict`, `by_divergence` and `seeds_needed`; and `figure`, its name, None for the metric. The interval
+        is adjusted for the number of differences in the table, so that it is the one that the table shows. A figure
+        that is missing or not finite, such as the epochs to an accuracy that was never reached, counts as divergence
+        does, and no margin applies to it.
+
+        Args:
+            variant: the last one if None.
+            figure: name of a figure that `add_figure` added and of which less is better; None for the metric.
+
+        Raises:
+            ValueError: there is no such variant beside the baseline, or no such figure; or as for `summary`.
+        """
+        runs = self.comparable_runs()
+        others = [name for name in runs if name != self.baseline]
+        variant = others[-1] if variant is None and others else variant
+        if variant not in others:
+            raise ValueError(f"There is no variant {variant!r} beside the baseline: choose from {others}.")
+        keys = ("variant", "seeds", "pairs", "difference", "difference_half_width", "range", "verdict")
+        keys += ("short_verdict", "by_divergence", "seeds_needed")
+        repeats = {name: self._repeated_seeds(runs[name]) for name in (variant, self.baseline) if name in runs}
+        row = self._summarise(variant, runs, repeats)
+        if figure is not None:
+            values = {(each["variant"], each["seed"]): each["value"] for each in self.figures if each["name"] == figure}
+            if not values:
+                names = list(dict.fromkeys(each["name"] for each in self.figures))
+                raise ValueError(f"There is no figure {figure!r}: choose from {names}.")
+            pairs = [(values.get((variant, seed)), values.get((self.baseline, seed))) for seed in runs[variant]]
+            judged = self._judge_pairs(pairs, len(others), margin=None, lower_is_better=True, lack=f"has no {figure}")
+            row |= judged | ({"verdict": REPEATED, "short_verdict": None} if row["verdict"] == REPEATED else {})
+        return {"figure": figure} | {key: row[key] for key in keys}
 
     def search_summary(self):
         """Return one dict for each variant of a search: `variant`, `means`, `best` and `at_edge`.
@@ -288,7 +327,7 @@ class Result:
             if not self.has_diverged(run) and not self.has_diverged(baseline[seed])
         }
 
-    def _summarise(self, variant, runs):
+    def _summarise(self, variant, runs, repeats):
         by_seed, baseline = runs[variant], runs.get(self.baseline, {})
         finite = [run for run in by_seed.values() if not self.has_diverged(run)]
         figures = [self.figure_of(run) for run in finite]
@@ -306,8 +345,8 @@ class Result:
             "time": None,
             "time_quartiles": None,
             "figures": self._medians(variant, by_seed),
-            "repeats": self._repeated_seeds(by_seed),
-            "verdict": "baseline" if variant == self.baseline else "no verdict",
+            "repeats": repeats[variant],
+            "verdict": "baseline" if variant == self.baseline else NO_VERDICT,
             "short_verdict": None,
             "by_divergence": False,
             "seeds_needed": None,
@@ -319,35 +358,48 @@ class Result:
             row["gap"] = statistics.fmean(run["metrics"]["train"][self.metric] for run in finite) - row["mean"]
         if variant != self.baseline and baseline:
             row |= self._judge(by_seed, baseline, len(runs) - 1)
+            repeated = any(repeats[name] and _figures_of_a_run(runs[name]) > 1 for name in (variant, self.baseline))
+            if repeated and row["verdict"] != NO_VERDICT:
+                row |= {"verdict": REPEATED, "short_verdict": None}
         return row
 
     def _judge(self, by_seed, baseline, differences_in_table):
-        diverged = [(self.has_diverged(run), self.has_diverged(baseline[seed])) for seed, run in by_seed.items()]
-        only_variant, only_baseline = diverged.count((True, False)), diverged.count((False, True))
+        pairs = [
+            [None if self.has_diverged(run) else self.figure_of(run) for run in (own, baseline[seed])]
+            for seed, own in by_seed.items()
+        ]
+        return self._judge_pairs(pairs, differences_in_table, self.margin, self.mode == "min", "diverged")
+
+    def _judge_pairs(self, pairs, differences_in_table, margin, lower_is_better, lack):
+        """Return the part of a summary's row that judges pairs of the variant's figure and the baseline's.
+
+        `lack` says in words what it means that a figure is None or not finite.
+        """
+        lacking = [tuple(value is None or not math.isfinite(value) for value in pair) for pair in pairs]
         judged = judge(
-            list(self.differences(by_seed, baseline).values()),
-            margin=self.margin,
+            [own - other for (own, other), lacks in zip(pairs, lacking, strict=True) if not any(lacks)],
+            margin=margin,
             differences_in_table=differences_in_table,
-            lower_is_better=self.mode == "min",
-            diverged=(only_variant, only_baseline),
-            both_diverged=diverged.count((True, True)),
+            lower_is_better=lower_is_better,
+            diverged=(lacking.count((True, False)), lacking.count((False, True))),
+            both_diverged=lacking.count((True, True)),
         )
         row = {
             "pairs": judged.pairs,
             "difference": judged.difference,
             "difference_half_width": judged.half_width,
             "range": judged.range,
+            "verdict": NO_VERDICT,
+            "short_verdict": None,
             "by_divergence": judged.by_divergence,
             "seeds_needed": judged.seeds_needed,
         }
         if judged.verdict is None:
             return row
-        if any(self._repeated_seeds(runs) and _figures_of_a_run(runs) > 1 for runs in (by_seed, baseline)):
-            return row | {"verdict": "no verdict: seeds repeat each other"}
         verdict = short = judged.verdict
         if judged.by_divergence:
             which, place = ("the baseline", 1) if verdict == "better" else ("it", 0)
-            verdict += f": {which} diverged in {sum(each[place] for each in diverged)} of {len(by_seed)}"
+            verdict += f": {which} {lack} in {sum(each[place] for each in lacking)} of {len(pairs)}"
         elif verdict == "undecided":
             count = judged.seeds_needed
             verdict += (

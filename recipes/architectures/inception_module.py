@@ -1,6 +1,6 @@
 """Inception module: runs convolutions of several kernel sizes side by side, and lets training weigh them.
 
-Symptom: it is not clear which kernel size suits the images, and a network of large kernels alone has too many weights.
+Symptom: you do not know which kernel size suits the images. A network of large kernels alone has too many weights.
 
 Technique: y = [f₁(x), f₃(r₃(x)), f₅(r₅(x)), p(max₃(x))], side by side as channels: f₁, f₃ and f₅ are convolutions of
 1×1, 3×3 and 5×5 pixels, max₃ is the maximum over 3×3 pixels, r₃, r₅ and p are 1×1 convolutions. r₃ and r₅ reduce the

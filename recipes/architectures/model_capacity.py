@@ -1,7 +1,7 @@
 """Model capacity: sets a network's number of parameters against the number of training images, and measures both.
 
-Symptom: accuracy is low on the training images, too (too little capacity); or it is much higher on them than on others
-(overfitting); and it is not clear whether a larger network or more data would help.
+Symptom: you do not know whether a larger network or more data would help. Accuracy is low on the training images, too
+(too little capacity); or it is much higher on them than on others (overfitting).
 
 Technique: a hidden layer of w units between d inputs and k classes has w (d + 1) + k (w + 1) parameters. A wider one
 can fit more, and fits images by heart sooner; more images make that harder. The number of parameters alone decides

@@ -1,7 +1,7 @@
 """Residual connections: adds each block's input to its output, so that a deeper network is not a worse one.
 
-Symptom: a deeper network has a lower accuracy than a shallower one on the training images, too, although it normalises
-its activations and its learning rate was searched for. So it is not overfitting.
+Symptom: a deeper network is worse than a shallower one, in training, too. So it is not overfitting. It normalises its
+activations, and its learning rate was searched for.
 
 Technique: y = x + F(x), where F is two layers of weights, each after a normalisation and an activation. With weights of
 zero, F is zero and the block the identity: a deeper network can be what a shallower one is, and each block learns by

@@ -1,6 +1,7 @@
 """Ensemble: trains several networks from different seeds, and averages the probabilities that they predict.
 
-Symptom: the same network, trained from another seed, makes other mistakes; a larger network makes no fewer of them.
+Symptom: each seed makes other mistakes, and a larger network makes no fewer. You have trained one network several
+times.
 
 Technique: p = (1/K) Σ p_k, over K networks that differ in their seed alone, which gives each its own starting weights
 and order of batches. As -log is convex, -log p ≤ (1/K) Σ -log p_k for every single example (Jensen's inequality): the

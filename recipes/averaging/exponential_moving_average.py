@@ -1,6 +1,6 @@
 """Exponential moving average: keeps a running average of the weights, and evaluates that in their place.
 
-Symptom: validation figures leap up and down from epoch to epoch, and training at a constant learning rate ends wherever
+Symptom: validation figures leap up and down from epoch to epoch. At a constant learning rate, training ends wherever
 the last step has led.
 
 Technique: after every step, a ← m · a + (1 - m) · w. The average a looks back over some 1 / (1 - m) steps, so the noise

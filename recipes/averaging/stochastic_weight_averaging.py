@@ -1,7 +1,6 @@
 """Stochastic weight averaging: averages the weights of the last epochs, and computes their batch-norm statistics anew.
 
-Symptom: validation accuracy leaps up and down from epoch to epoch at a constant learning rate, while training accuracy
-still rises.
+Symptom: validation accuracy leaps late in training, at a constant rate. Training accuracy still rises.
 
 Technique: w = (1/n) Σ w_i, the equal average of the weights at the ends of the last n epochs, at a constant or cyclic
 rate that keeps them moving; training itself goes on from w_i, not from the average. The average is not a point that

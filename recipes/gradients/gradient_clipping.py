@@ -1,6 +1,6 @@
 """Gradient clipping: shortens gradients that are longer than a threshold, so that one bad step cannot undo training.
 
-Symptom: the loss of a recurrent network leaps up or becomes NaN in the middle of training.
+Symptom: the loss leaps up or becomes NaN in the middle of training. Recurrent networks do so most of all.
 
 Technique: g ← g · min(1, θ / ‖g‖). A gradient over the threshold θ keeps its direction and gets the length θ; one under
 it stays as it is. Dividing by ‖g‖ alone gives the length 1 whatever θ is: right for θ = 1 only. Keras:

@@ -1,7 +1,7 @@
 """Vanishing gradients: measures how the gradient fades or grows on its way back through the layers, and what keeps it.
 
-Symptom: the loss of a deep or recurrent network stays near that of guessing, at any learning rate; the gradients of the
-first layers are orders of magnitude smaller, or larger, than those of the last.
+Symptom: the loss stays near that of guessing, at any learning rate. The network is deep or recurrent, and the gradients
+of its first layers are orders of magnitude smaller, or larger, than those of the last.
 
 Technique: on its way back through a layer the gradient g is multiplied by the derivative of the activation function and
 by the weights: g ← Wᵀ(f'(z) · g). The derivative of sigmoid is 1/4 at most, that of tanh 1 at zero, and that of ReLU 0

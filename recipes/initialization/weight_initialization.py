@@ -1,6 +1,6 @@
 """Weight initialization: scales the first weights so that signals keep their size through all the layers.
 
-Symptom: a deep network learns nothing, or only slowly, from the first epoch on; its deep layers give nearly the same
+Symptom: a deep network learns nothing from the first epoch on, or only slowly. Its deep layers give nearly the same
 output for every input (signals vanish), or figures that are huge, infinite or saturated (signals explode).
 
 Technique: a sum of n inputs of unit variance with weights of standard deviation σ has the deviation σ·√n; with N(0, 1)

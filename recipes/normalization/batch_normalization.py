@@ -1,6 +1,6 @@
 """Batch normalization: gives every unit mean 0 and variance 1 over the batch, then a learned scale and shift.
 
-Symptom: a deep network trains slowly, and training becomes unstable or fails when the learning rate is raised.
+Symptom: training is slow, and fails when you raise the learning rate. The network is deep.
 
 Technique: for every unit, y = γ · (x - μ) / √(σ² + ε) + β, with γ and β learned. In training μ and σ² are the mean and
 the variance over the batch; at inference they are moving averages, each updated at every training step as

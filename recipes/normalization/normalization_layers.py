@@ -1,6 +1,6 @@
 """Normalization layers: batch, layer, group and RMS normalisation, with batches of 128 and of 4 examples.
 
-Symptom: a network with batch normalisation is less accurate when only small batches fit into memory.
+Symptom: batch normalisation costs accuracy, as only small batches fit into memory.
 
 Technique: three compute γ · (x - μ) / √(σ² + ε) + β, and differ in where the mean μ and the variance σ² come from: for
 each unit from the batch (`keras.layers.BatchNormalization`), for each example from all its units

@@ -1,7 +1,7 @@
 """Weight normalization: learns the length and the direction of each unit's weights apart.
 
-Symptom: training is slow or fails at larger learning rates, and batch normalisation is not wanted, because an example's
-output would depend on the rest of its batch.
+Symptom: training is slow, and you do not want batch normalisation. It also fails at larger learning rates; but an
+example's output is not to depend on the rest of its batch.
 
 Technique: w = g · v / ‖v‖ for each output unit, with g and v learned instead of w. Then ∇g = ∇w · v / ‖v‖ and
 ∇v = g / ‖v‖ · ∇w - g ∇g / ‖v‖² · v, which is at right angles to v: gradient descent makes v longer at every step, and

@@ -1,6 +1,6 @@
 """Floating-point range: computes the cross-entropy from logits, so that no exponential leaves the range of the numbers.
 
-Symptom: the loss becomes NaN or infinite, or stays constant, once logits are large, or in half precision.
+Symptom: the loss becomes NaN, or stays constant, once logits are large. In half precision that is soon.
 
 Technique: a format has a spacing (relative: about 1.2e-7 for float32, so 1e10 + 1e-10 = 1e10, and the next number is
 1024 away) and a largest value (3.4e38 for float32, which exp(z) exceeds from z = 89 on; 65504 for float16, from

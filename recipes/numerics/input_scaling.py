@@ -1,6 +1,6 @@
 """Input scaling: brings the inputs to a range of order 1, in which initialisation and activation functions work.
 
-Symptom: the loss starts at tens or hundreds instead of about log(classes), and only tiny learning rates do not diverge.
+Symptom: the loss starts at tens or hundreds instead of about log(classes). Only tiny learning rates do not diverge.
 
 Technique: initialisation keeps the size of a signal from layer to layer, so what comes in with a deviation of 90 goes
 out so; and the gradient of the first layer grows with its inputs. Pixels go to [0, 1] (x / 255), to [-1, 1]

@@ -1,6 +1,6 @@
 """Adaptive optimizers: give every weight a step size of its own, made from the gradients that it has had.
 
-Symptom: plain gradient descent is slow at every learning rate: where some weights move, others begin to swing.
+Symptom: plain gradient descent is slow at every learning rate. Where some weights move, others begin to swing.
 
 Technique: with g the gradient, η the learning rate, t the number of the step, and all operations element by element:
 

@@ -1,6 +1,6 @@
 """Momentum: steps along a decaying sum of all gradients so far, in place of the last one alone.
 
-Symptom: gradient descent zigzags across a narrow valley of the loss, and creeps along it.
+Symptom: gradient descent zigzags across a narrow valley of the loss. Along the valley it creeps.
 
 Technique: v ← γ v - η g, then w ← w + v. Along a direction in which g stays the same, v grows to -η g / (1 - γ): ten
 times the plain step with γ = 0.9, so that the best learning rate falls as γ rises. Where g changes its sign at every

@@ -1,6 +1,6 @@
 """Normalized gradient: makes every step of gradient descent equally long, whatever the length of the gradient.
 
-Symptom: gradients are tiny and the loss hardly moves, or every change of the loss's scale asks for a new learning rate.
+Symptom: gradients are tiny and the loss hardly moves. Or every change of the loss's scale asks for a new learning rate.
 
 Technique: w ← w - η g / ‖g‖, with the norm of the gradients of all weights together: the direction is that of the
 gradient, the length is always η. It is sometimes called Adagrad, which is another method: Adagrad keeps a sum of

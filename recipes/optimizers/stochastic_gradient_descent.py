@@ -1,6 +1,6 @@
 """Stochastic gradient descent: steps along the gradient of a small random batch, in place of all training data.
 
-Symptom: the loss falls by a little only in each pass over the data, or the data set does not fit in one step at all.
+Symptom: each pass over the data lowers the loss by a little only. Or the data set does not fit in one step at all.
 
 Technique: w ← w - η g, where g is the mean gradient over a batch of B random training examples. Over all batches of
 an epoch of N examples the mean of g is the full gradient, and the variance of g falls as 1 / B, its deviation as 1 / √B

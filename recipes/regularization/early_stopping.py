@@ -1,6 +1,6 @@
 """Early stopping: ends training when validation loss stops improving, and keeps the weights of its best epoch.
 
-Symptom: validation loss falls at first and then climbs while training loss goes on falling; the number of epochs was
+Symptom: validation loss falls at first, then climbs. Training loss goes on falling, and the number of epochs was
 guessed.
 
 Technique: after every epoch the validation loss is compared with the lowest so far. Training ends once it has not

@@ -1,7 +1,7 @@
 """Monte Carlo dropout: averages the predictions of many passes with dropout left on, instead of one without it.
 
-Symptom: a network trained with dropout is too sure of itself: its probabilities are higher than the share of its
-answers that are right, and the loss on new data is high for its accuracy.
+Symptom: the network is too sure of itself. Its probabilities are higher than the share of its answers that are right,
+and the loss on new data is high for its accuracy. It was trained with dropout.
 
 Technique: every pass with dropout on is a prediction by another thinned network. p = 1/T · Σ pₜ averages the
 probabilities of T passes, not the logits; its spread shrinks as 1/√T. The usual pass, with dropout off, is a fast

@@ -1,6 +1,6 @@
 """Weight penalty: keeps weights small, by a term in the loss, a decay at every step, or a limit to each unit's norm.
 
-Symptom: training accuracy is far above validation accuracy, and the weights keep growing.
+Symptom: validation accuracy is far below training accuracy, and the weights grow.
 
 Technique: the loss gets the term l1 · Σ|w| or l2 · Σw² or both, over all kernels and no biases. The gradient of both is
 l1 · sign(w) + 2 · l2 · w: l2 is half of what it is in papers that write l2/2 · Σw². Decoupled decay leaves the loss

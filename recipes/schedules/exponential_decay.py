@@ -1,7 +1,7 @@
 """Exponential decay: multiplies the learning rate by the same factor after every epoch.
 
-Symptom: the validation figures of late epochs jump up and down from epoch to epoch, while training loss falls slowly;
-a lower learning rate calms them, but is too slow at the start.
+Symptom: late epochs jump up and down, while training loss falls slowly. A lower learning rate calms them, but is too
+slow at the start.
 
 Technique: η = η₀ · factor^epoch, the first epoch being epoch 0. The rates of all epochs, without end, add up to
 η₀ / (1 - factor): with 0.98 to 50 epochs at the first rate, with 0.9 to 10, with 0.8 to 5. So a factor near 1 changes

@@ -1,6 +1,6 @@
 """Learning rate range test: raises the learning rate over one short run, and reads a good one from the loss.
 
-Symptom: no idea which learning rate suits a new network, and a grid of whole trainings is too expensive.
+Symptom: you do not know which learning rate suits a new network. A grid of whole trainings is too expensive.
 
 Technique: the rate rises exponentially, here from 0.0001 to 10 over 101 steps, twenty of them a power of ten. The loss
 of each batch stays flat at first, falls, and rises again when steps become too long. The suggestion is halfway, on the

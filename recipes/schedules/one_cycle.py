@@ -1,6 +1,6 @@
 """One cycle: one rise and one fall of the learning rate, far above and far below its constant best.
 
-Symptom: training at the best constant rate takes many epochs, and a larger rate makes it unstable or worse.
+Symptom: training takes many epochs at the best constant rate. A larger one makes it unstable or worse.
 
 Technique: the rate rises linearly from a tenth of its peak to the peak, falls back as fast, and in the last steps falls
 to a thousandth of its start. Momentum goes the other way, 0.95 to 0.85 and back, as both large would be unstable: the

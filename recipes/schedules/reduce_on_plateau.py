@@ -1,7 +1,7 @@
 """Reduce on plateau: lowers the learning rate whenever the validation loss has stopped falling.
 
-Symptom: validation loss falls at first, then stands still or jumps about, at a rate that was good for the start; and
-it is not known beforehand when that will be.
+Symptom: validation loss stands still, at a rate that was good before. Or it jumps about there, and you do not know
+beforehand when that will be.
 
 Technique: an epoch improves if its validation loss is below the best one so far by more than `min_delta`. After
 `patience` epochs in a row without an improvement, η ← η · factor, and the count begins anew; the best loss stays.

@@ -1,7 +1,7 @@
 """Warmup cosine: raises the learning rate from 0 over the first steps, then lets it fall along half a cosine to 0.
 
-Symptom: at the rate that is good later on, the loss of a deep network leaps up in the first steps and training recovers
-slowly or never; at a rate that is safe from the start, training is slow.
+Symptom: the loss leaps up in the first steps, at a rate that is good later. It recovers slowly or never. At a rate that
+is safe from the start, training is slow.
 
 Technique: with W steps of warm-up, peak rate η and T steps in all, step i, counted from 0, is made at η · i / W while
 i < W, and then at η/2 · (1 + cos(π (i - W) / (T - W))). Adam's first steps have the length of the rate in every weight,

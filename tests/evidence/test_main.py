@@ -120,15 +120,14 @@ def test_stale_recipes_are_measured_and_everything_is_made_from_the_results(proj
     assert sorted(path.name for path in result(project).parent.iterdir()) == ["quick.json", "quick.svg"]
 
     (_, row) = Result.load(result(project)).summary()
-    gallery = (project / "evidence" / "README.md").read_text()
+    page = (project / "recipes" / "numerics" / "README.md").read_text()
+    low, high = row["range"]
+    assert f"| {100 * low:+.1f} to {100 * high:+.1f} | no verdict |" in page
+    assert "numerics/quick.svg" in page
+    assert "epochs 3" in page
     readme = (project / "README.md").read_text()
-    for text in (gallery, readme):
-        assert "| on |" in text
-        assert "{:+.4f} to {:+.4f}".format(*row["range"]) in text
-        assert "numerics/quick.svg" in text
-    assert "epochs 3" in gallery
-    assert r"| A \| b. | [Quick](recipes/numerics/quick.py) |" in readme
-    assert "Dropout" not in gallery
+    assert "| [Quick](recipes/numerics/README.md#quick): it adds figures without training | on: no verdict |" in readme
+    assert "Dropout" not in page
 
     assert evidence("--check", "--seeds", "3") == (0, "All is fresh: 1 recipe.\n")
     code, output = evidence("quick", "--seeds", "3")
@@ -191,9 +190,8 @@ def test_further_results_of_a_recipe_are_made_with_their_flags(project, evidence
     for name, gain in (("quick", 0.125), ("quick.large", 0.25)):
         (_, row) = Result.load(result(project).with_name(f"{name}.json")).summary()
         assert row["difference"] == pytest.approx(gain + 0.002)
-        assert f"numerics/{name}.svg" in (project / "README.md").read_text()
-        assert f"numerics/{name}.svg" in (project / "evidence" / "README.md").read_text()
-    assert "quick.py --gain 0.25 --seeds 5" in (project / "evidence" / "README.md").read_text()
+        assert f"numerics/{name}.svg" in (project / "recipes" / "numerics" / "README.md").read_text()
+    assert "quick.py --gain 0.25 --seeds 5" in (project / "recipes" / "numerics" / "README.md").read_text()
     change(project, "0.011", "0.012")
     assert "quick.py --gain 0.25: its code has changed" in evidence("--check")[1]
 
@@ -217,13 +215,17 @@ def test_check_names_a_recipe_whose_code_has_changed_but_not_one_whose_docstring
     assert "recipes/numerics/quick.py: its code has changed" in output
     change(project, "0.225", "0.125")
     change(project, "Look for: d.", "Look for: something else.")
-    assert evidence("--check")[0] == 0
+    code, output = evidence("--check")
+    assert (code, "quick.py" in output) == (1, False)
+    assert "recipes/numerics/README.md: its text differs" in output
+    assert "0 measured, 1 fresh" in evidence()[1]
 
-    readme = project / "README.md"
-    readme.write_text(readme.read_text().replace("| better |", "| much better |"))
+    page = project / "recipes" / "numerics" / "README.md"
+    assert "| better |" in page.read_text()
+    page.write_text(page.read_text().replace("| better |", "| much better |"))
     code, output = evidence("--check")
     assert code == 1
-    assert "README.md: its text differs" in output
+    assert "recipes/numerics/README.md: its text differs" in output
     assert "quick.py" not in output
 
 

@@ -8,7 +8,7 @@ from keras import layers
 if keras.backend.backend() != "tensorflow":
     pytest.skip("the costs are measured on TensorFlow", allow_module_level=True)
 
-from evidence import overhead
+from evidence import overhead, tables
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_contenders_take_turns_at_every_step(small, monkeypatch):
         def on_train_batch_end(self, batch, logs=None):
             steps.append((self.name, batch))
 
-    names = [overhead.BASELINE, "second", "third"]
+    names = [tables.BASELINE, "second", "third"]
     monkeypatch.setattr(overhead, "contenders", lambda *_: {name: ("kind", [Record(name)]) for name in names})
     kinds, seconds, ends = overhead.measure("dense", jit_compile=False, epochs=2)
     assert steps == [(name, batch) for _ in range(3) for batch in range(3) for name in names]
@@ -40,9 +40,9 @@ def test_contenders_take_turns_at_every_step(small, monkeypatch):
 
 
 def test_cost_is_the_median_of_the_ratios_epoch_by_epoch():
-    seconds = {overhead.BASELINE: [1.0, 2.0, 4.0, 8.0, 16.0], "callback": [1.0, 2.2, 4.8, 10.4, 22.4]}
-    ratios = np.array(seconds["callback"]) / seconds[overhead.BASELINE]
-    median, lower, upper = overhead.summarise(seconds)["callback"]
+    seconds = {tables.BASELINE: [1.0, 2.0, 4.0, 8.0, 16.0], "callback": [1.0, 2.2, 4.8, 10.4, 22.4]}
+    ratios = np.array(seconds["callback"]) / seconds[tables.BASELINE]
+    median, lower, upper = tables.costs(seconds)["callback"]
     assert median == pytest.approx(np.median(ratios))
     assert lower <= np.percentile(ratios, 25)
     assert upper >= np.percentile(ratios, 75)
@@ -62,9 +62,9 @@ def test_second_gradient_computation_gives_the_norm_that_gradient_norms_records(
 def test_result_is_saved_and_shown(small, tmp_path, capsys):
     overhead.main(epochs=2, save=tmp_path / "overhead.json")
     result = json.loads((tmp_path / "overhead.json").read_text())
-    columns = overhead.table(result)
+    columns = tables.overhead_table(result)
     assert columns["callback"] == list(result["seconds"][0]["epochs"])[1:]
     assert len(columns) == 5
     output = capsys.readouterr().out
     assert all(name in output for name in columns["callback"])
-    assert overhead.note(result).startswith("2 epochs of 3 steps of 4 images; Keras")
+    assert tables.overhead_note(result).startswith("2 epochs of 3 steps of 4 images; Keras")

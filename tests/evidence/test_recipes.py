@@ -3,7 +3,18 @@ import shutil
 
 import pytest
 
-from evidence.recipes import LABELS, ROOT, THEMES, digest, find_recipes, read_card, result_path, why_stale
+from evidence.recipes import (
+    LABELS,
+    ROOT,
+    THEMES,
+    digest,
+    find_recipes,
+    measured_figures,
+    read_card,
+    read_headline,
+    result_path,
+    why_stale,
+)
 
 RECIPE = '''"""Name: it does this.
 
@@ -160,6 +171,103 @@ def test_staleness_is_explained(recipe):
     assert why_stale(recipe, path, seeds=3) == "its result has 2 seeds, not 3"
     changed(recipe, "0.5", "0.6")
     assert why_stale(recipe, path, seeds=2) == "its code has changed since it was measured"
+
+
+@pytest.mark.parametrize(
+    "line, headline",
+    [
+        ("RATE = 0.5", (None, None)),
+        ('HEADLINE = "dropout 0.5"', ("dropout 0.5", None)),
+        ('HEADLINE = ("before, rate 0.1", "epochs to 0.8")', ("before, rate 0.1", "epochs to 0.8")),
+    ],
+)
+def test_headline_is_read_without_running_the_recipe(line, headline, recipe):
+    recipe.write_text(RECIPE.replace("RATE = 0.5", f"raise SystemExit\n{line}"))
+    assert read_headline(recipe) == headline
+
+
+def card(text):
+    return dict.fromkeys(["Summary", *LABELS], "") | {"Look for": text}
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("the loss is 0.446 after 13 epochs", ["loss is 0.446"]),
+        ("it gains 1.4 ± 0.9 points", ["1.4 ± 0.9"]),
+        ("9 points at once, or 2 to 4 points", ["9 points", "2 to 4 points"]),
+        ("an epoch takes 1.4 times as long", ["1.4 times"]),
+        ("no difference is measurable at five seeds", ["five seeds"]),
+        ("the loss is NaN in all five runs", ["five runs"]),
+        ("test accuracy, 0.822 and 0.825", ["0.822", "0.825"]),
+        ("validation accuracy after one epoch was 0.66", ["accuracy after one epoch was 0.66"]),
+        ("ends at 0.26 test accuracy", ["0.26 test accuracy"]),
+        ("93.25 % of them", ["93.25 %"]),
+        ("the share\nis 0.123", ["0.123"]),
+    ],
+)
+def test_measured_figures_are_seen(text, found):
+    assert measured_figures(card(text)) == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Start with 0.5 for wide dense layers, 0.1 to 0.3 elsewhere",
+        "rates of 0.001, 0.0003 and 0.01, a momentum of 0.999",
+        "a hundred steps of 128 images; twice the time; 10 % of the steps",
+        "`keras.losses.Huber(delta=0.125)` has a loss of its own",
+        "use it:\n\n    accuracy = 0.446  # five seeds\n\nand so on",
+        "the loss starts at about log(classes), one epoch in 32",
+    ],
+)
+def test_settings_are_no_measured_figures(text):
+    assert measured_figures(card(text)) == []
+
+
+def test_a_source_may_have_figures_of_its_own():
+    assert measured_figures(card("") | {"Source": "It reports 93.59 ± 0.16 points."}) == []
+
+
+# Their figures stand on the pages. This list only ever gets shorter.
+WITH_MEASURED_FIGURES = {
+    "adaptive_optimizers",
+    "bag_of_tricks",
+    "batch_normalization",
+    "early_stopping",
+    "ensemble",
+    "exponential_decay",
+    "exponential_moving_average",
+    "floating_point_range",
+    "gradient_clipping",
+    "inception_module",
+    "input_scaling",
+    "learning_rate_range_test",
+    "model_capacity",
+    "momentum",
+    "monte_carlo_dropout",
+    "normalization_layers",
+    "normalized_gradient",
+    "one_cycle",
+    "reduce_on_plateau",
+    "residual_connections",
+    "stochastic_gradient_descent",
+    "stochastic_weight_averaging",
+    "vanishing_gradients",
+    "warmup_cosine",
+    "weight_initialization",
+    "weight_normalization",
+    "weight_penalty",
+}
+
+
+@pytest.mark.parametrize("path", find_recipes(), ids=lambda path: path.stem)
+def test_card_holds_no_measured_figure(path):
+    found = measured_figures(read_card(path))
+    if path.stem in WITH_MEASURED_FIGURES:
+        assert found, f"{path.stem} is mended: take it off the list"
+    else:
+        assert not found, "figures belong into results, and the pages show them"
 
 
 def test_real_recipe_can_be_read_in_a_copy(tmp_path):

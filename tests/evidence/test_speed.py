@@ -8,7 +8,7 @@ from keras import layers
 if keras.backend.backend() != "tensorflow":
     pytest.skip("the speeds are measured on TensorFlow", allow_module_level=True)
 
-from evidence import speed
+from evidence import speed, tables
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def small(monkeypatch):
 
 def test_ways_take_turns_after_one_that_compiles(small, monkeypatch):
     turns = []
-    ways = {name: lambda epochs, name=name: turns.append((name, epochs)) for name in (speed.OURS, "second", "third")}
+    ways = {name: lambda epochs, name=name: turns.append((name, epochs)) for name in (tables.OURS, "second", "third")}
     monkeypatch.setattr(speed, "contenders", lambda *_: ways)
     speeds = speed.measure("dense", rounds=3)
     assert turns == [(name, epochs) for epochs in (1, 2, 2, 2) for name in ways]
@@ -78,8 +78,8 @@ def test_hand_written_loop_trains_on_all_images_shuffled_anew(monkeypatch):
 
 
 def test_ratio_is_the_median_of_the_ratios_round_by_round():
-    speeds = {speed.OURS: [10, 22, 48, 104, 224], "other": [10, 20, 40, 80, 160]}
-    median, lower, upper = speed.summarise(speeds)["other"]
+    speeds = {tables.OURS: [10, 22, 48, 104, 224], "other": [10, 20, 40, 80, 160]}
+    median, lower, upper = tables.speed_ratios(speeds)["other"]
     assert median == pytest.approx(1.2)
     assert 1 <= lower < median < upper <= 1.4
 
@@ -87,10 +87,12 @@ def test_ratio_is_the_median_of_the_ratios_round_by_round():
 def test_result_is_saved_and_shown(small, tmp_path, capsys):
     speed.main(rounds=2, save=tmp_path / "speed.json")
     result = json.loads((tmp_path / "speed.json").read_text())
-    columns = speed.table(result)
+    columns = tables.speed_table(result)
     assert columns["network"] == ["dense"]
     others = ["one step an execution", "loop by hand", "fit on arrays, default settings"]
     assert list(columns)[2:] == [f"relative to {name}" for name in others]
     output = capsys.readouterr().out
     assert "dense" in output
-    assert speed.note(result).startswith("Medians (quartiles) of 2 rounds of 2 epochs of 3 steps of 4 images; Keras")
+    assert tables.speed_note(result).startswith(
+        "Medians (quartiles) of 2 rounds of 2 epochs of 3 steps of 4 images; Keras"
+    )

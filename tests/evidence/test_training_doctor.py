@@ -5,7 +5,7 @@ import pytest
 from keras import layers
 
 from callbacks.training_doctor import RULES
-from evidence import training_doctor
+from evidence import tables, training_doctor
 from evidence.faulty_programs import PROGRAMS
 
 ENVIRONMENT = {"keras": "3.15.1", "backend": "tensorflow 2.21.0", "python": "3.11.7", "processor": "AMD EPYC, 2 cores"}
@@ -49,7 +49,7 @@ def test_every_finding_has_sick_runs_or_a_program():
 
 
 def test_runs_are_counted_by_what_was_named():
-    assert training_doctor.table(RESULT) == {
+    assert tables.doctor_table(RESULT) == {
         "what is wrong": [
             "nothing: first fit",
             "nothing: second fit",
@@ -64,12 +64,12 @@ def test_runs_are_counted_by_what_was_named():
 
 
 def test_programs_are_judged_by_the_worse_of_their_runs():
-    table = training_doctor.program_table(RESULT)
+    table = tables.program_table(RESULT)
     assert [name.partition(":")[0] for name in table["program"]] == ["game_of_life", "reviews", "prices"]
     assert table["verdict"] == ["exact", "miss", "symptom"]
     assert table["said of it"] == ["(advice: stopped while improving 1)", "overfitting 1", "stuck at chance 1"]
     assert table["said of the repaired one"] == ["–", "rate too high 1", "–"]
-    note = training_doctor.note(RESULT)
+    note = tables.doctor_note(RESULT)
     assert note.startswith("Of 3 programs 1 are named exactly, of 1 a symptom is, and 1 are missed")
     assert "1 of the repaired ones are" in note
     assert "Of 2 healthy runs 1 are." in note
@@ -133,6 +133,6 @@ def test_interrupted_measurement_goes_on_and_its_result_is_shown(tmp_path, monke
     kinds = [run["kind"] for run in result["runs"]]
     assert kinds == [*few, "exclusive_or, faulty", "exclusive_or, repaired"]
     by_kind = {run["kind"]: run for run in result["runs"]}
-    assert "inputs out of range" in training_doctor.told(by_kind["inputs out of range"])
+    assert "inputs out of range" in tables.told(by_kind["inputs out of range"])
     assert by_kind["inputs out of range"]["signs"]["input_deviation"] == pytest.approx(np.std(images[:64]), rel=0.2)
     assert "What TrainingDoctor found" in capsys.readouterr().out

@@ -1,3 +1,4 @@
+import re
 import xml.etree.ElementTree as ElementTree
 
 import matplotlib.colors
@@ -131,10 +132,39 @@ def test_differences_have_dots_for_seeds_and_an_interval_from_five_on():
     base = np.array([0.5, 0.6, 0.7, 0.8, 0.65])
     shift = np.array([0.1, 0.12, 0.11, 0.09, 0.08])
     (axes,) = draw(new_result({"a": base, "b": base + shift})).axes
-    np.testing.assert_allclose(np.sort(axes.lines[0].get_xdata()), np.sort(shift))
+    np.testing.assert_allclose(np.sort(axes.lines[0].get_xdata()), np.sort(100 * shift))
+    assert "difference in points" in axes.get_xlabel()
+    (losses,) = draw(new_result({"a": base, "b": base + shift}, metric="loss", mode="min")).axes
+    np.testing.assert_allclose(np.sort(losses.lines[0].get_xdata()), np.sort(shift))
+    assert losses.get_xlabel().startswith("difference (negative is better)")
     assert [label.get_text() for label in axes.get_yticklabels()] == ["b"]
     (few,) = draw(new_result({"a": base[:3], "b": base[:3] + shift[:3]})).axes
     assert len(axes.collections) == len(few.collections) + 1
+
+
+@pytest.mark.parametrize("signals, own_row", [(0, True), (1, False), (2, True)])
+def test_last_panel_has_a_row_of_its_own_where_it_would_be_alone(signals, own_row):
+    result = new_result({"a": [0.5, 0.6], "b": [0.9, 0.99]}, {"accuracy": [0.5, 0.6], "val_accuracy": [0.4, 0.5]})
+    for name in range(signals):
+        add_signal(result, "a", 0, str(name), [1.0, 2.0])
+    figure = draw(result)
+    figure.draw_without_rendering()
+    boxes = [axes.get_tightbbox().transformed(figure.transFigure.inverted()) for axes in figure.axes]
+    assert len(boxes) == 3 + signals
+    assert (boxes[-1].width > 0.8) == own_row
+    assert all(box.x0 < 0.5 < box.x1 for box in boxes[-1:]) == own_row
+    assert all(box.x0 >= 0 and box.x1 <= 1 for box in boxes)
+
+
+def test_letters_can_be_read_on_a_phone():
+    result = new_result({"a": [0.5, 0.6], "b": [0.9, 0.99]}, {"accuracy": [0.5, 0.6], "val_accuracy": [0.4, 0.5]})
+    svg = ElementTree.fromstring(as_svg(result))
+    width = float(svg.get("width").removesuffix("pt"))
+    styles = [text.get("style") for text in svg.iter("{http://www.w3.org/2000/svg}text")]
+    sizes = [float(re.search(r"([\d.]+)px", style)[1]) for style in styles]
+    # A page at 390 pixels has 358 for a picture.
+    assert len(sizes) > 20
+    assert min(sizes) * 358 / width >= 8
 
 
 def test_diverged_variants_are_said_to_be():

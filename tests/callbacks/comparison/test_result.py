@@ -247,6 +247,72 @@ def test_gap_is_the_training_figure_minus_the_test_figure():
     assert result.summary()[0]["gap"] == pytest.approx(0.9 - 0.6)
 
 
+def with_epochs(figures, epochs):
+    """Return a result with the figure "epochs to 0.8" beside the accuracies."""
+    result = new_result(figures)
+    for variant, values in epochs.items():
+        result.figures += [
+            {"variant": variant, "seed": seed, "name": "epochs to 0.8", "value": value}
+            for seed, value in enumerate(values)
+        ]
+    return result
+
+
+def test_headline_of_the_metric_is_the_row_of_the_table():
+    figures = {name: GENERATOR.normal(mean, 0.01, 8) for name, mean in (("a", 0.5), ("b", 0.52), ("c", 0.6))}
+    result = new_result(figures)
+    for variant, given in (("b", "b"), ("c", "c"), ("c", None)):
+        headline = result.headline(given)
+        (row,) = [row for row in result.summary() if row["variant"] == variant]
+        assert headline.pop("figure") is None
+        assert headline == {key: row[key] for key in headline}
+        level = 0.05 / 2
+        assert (headline["difference"], headline["difference_half_width"]) == interval_of(
+            figures[variant] - figures["a"], level
+        )
+
+
+def test_headline_of_a_figure_is_the_paired_t_test_of_that_figure_with_fewer_being_better():
+    figures = {name: GENERATOR.normal(0.5, 0.01, 6) for name in "abc"}
+    epochs = {"a": [13, 12, 15, 11, 14, 13], "b": [5, 6, 5, 4, 6, 5], "c": [13, 12, 14, 12, 14, 13]}
+    result = with_epochs(figures, epochs)
+    expected = interval_of(np.subtract(epochs["b"], epochs["a"]), 0.05 / 2)
+    headline = result.headline("b", "epochs to 0.8")
+    assert (headline["difference"], headline["difference_half_width"]) == expected
+    assert headline["range"] == (-10.0, -6.0)
+    assert (headline["figure"], headline["verdict"]) == ("epochs to 0.8", "better")
+    # Twice the epochs, in place of fewer.
+    worse = with_epochs(figures, epochs | {"b": [2 * value for value in epochs["a"]]})
+    assert worse.headline("b", "epochs to 0.8")["verdict"] == "worse"
+    assert result.headline(figure="epochs to 0.8")["verdict"] == "undecided: more than 1000 seeds would be needed"
+
+
+def test_headline_counts_a_figure_that_was_never_reached_as_divergence():
+    figures = {name: GENERATOR.normal(0.5, 0.01, 8) for name in "ab"}
+    never = math.inf
+    result = with_epochs(figures, {"a": [never] * 7 + [9], "b": [5, 6, 5, 4, 6, 5, 5, never]})
+    headline = result.headline("b", "epochs to 0.8")
+    assert headline["pairs"] == 0
+    assert stats.binomtest(1, 8).pvalue > 0.05
+    assert headline["verdict"].startswith("undecided")
+    result = with_epochs(figures, {"a": [never] * 7 + [9], "b": [5, 6, 5, 4, 6, 5, 5, 6]})
+    headline = result.headline("b", "epochs to 0.8")
+    assert stats.binomtest(0, 7).pvalue < 0.05
+    assert headline["by_divergence"]
+    assert headline["verdict"] == "better: the baseline has no epochs to 0.8 in 7 of 8"
+
+
+def test_headline_of_what_is_not_there_is_refused_by_name():
+    result = with_epochs({"a": [0.5] * 2, "b": [0.6] * 2}, {"a": [3, 4], "b": [3, 4]})
+    with pytest.raises(ValueError, match=r"no variant 'c' beside the baseline: choose from \['b'\]"):
+        result.headline("c")
+    with pytest.raises(ValueError, match="no variant 'a'"):
+        result.headline("a")
+    with pytest.raises(ValueError, match=r"no figure 'steps': choose from \['epochs to 0.8'\]"):
+        result.headline("b", "steps")
+    assert result.headline("b")["verdict"] == "no verdict"
+
+
 def test_variants_must_see_the_same_seeds_and_the_baseline_be_run():
     with pytest.raises(ValueError, match="different seeds"):
         new_result({"a": [0.5, 0.6], "b": [0.5]}).summary()

@@ -124,3 +124,16 @@ def test_seeds_needed_for_divergence_scales_its_shares():
     judged = judge([0.1], margin=0.01, differences_in_table=4, diverged=(4, 0))
     assert judged.verdict == "undecided"
     assert judged.seeds_needed == 10
+
+
+@pytest.mark.parametrize("mean, deviation, margin", [(0.0, 0.02, 0.01), (0.004, 0.01, 0.01), (0.02, 0.05, 0.01)])
+def test_seeds_needed_are_those_of_the_distributions_of_scipy_stats(mean, deviation, margin):
+    def share_undecided(count):
+        median = deviation * np.sqrt(stats.chi2(count - 1).median() / (count - 1))
+        width = stats.t(count - 1).ppf(0.975) * median / np.sqrt(count)
+        below = stats.norm(mean, deviation / np.sqrt(count)).cdf
+        low = min(max(margin - width, 0), width)
+        return below(width) - below(low) + below(-low) - below(-width)
+
+    expected = next(count for count in range(5, 1000) if share_undecided(count) <= 0.5)
+    assert seeds_needed(mean, deviation, margin) == expected
