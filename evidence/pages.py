@@ -13,7 +13,15 @@ import statistics
 import textwrap
 
 from callbacks.comparison import Result
-from callbacks.comparison.report import display_name, escape_markdown, is_share, markdown_table, search_table, table
+from callbacks.comparison.report import (
+    SAME_TIME,
+    display_name,
+    escape_markdown,
+    is_share,
+    markdown_table,
+    search_table,
+    table,
+)
 from callbacks.comparison.statistics import FEWEST_SEEDS, MOST_SEEDS
 from evidence.recipes import ROOT, find_recipes, measured_figures, measurements, read_card, read_headline
 from evidence.tables import (
@@ -28,9 +36,6 @@ from evidence.tables import (
 )
 
 NOT_MEASURED = "Not measured yet: `{}` does it."
-
-# A ratio of times that is nearer to 1 than this is not worth a figure.
-SAME_TIME = 0.05
 
 # Columns of a table beside the variant, so that it can be read on a phone.
 COLUMNS_BESIDE = 4
@@ -308,8 +313,6 @@ def _columns(result, rows):
         scale, title = (100, "gap, points") if share else (1, "gap")
         gaps = [DASH if row["gap"] is None else _signed(scale * row["gap"], scale / 100) for row in rows]
         rest = {title: gaps} | {name: cells for name, cells in rest.items() if name != "gap"}
-    if "time" in rest:
-        rest["time"] = [time_in_words(row["time"]) if row["pairs"] is not None else DASH for row in rows]
     return decisive, rest
 
 
