@@ -122,7 +122,7 @@ def interval_in_points(differences, comparisons=1):
     return f"{100 * np.mean(differences):+.1f} ± {50 * (interval.high - interval.low):.1f}".replace("-", "−")
 
 
-def test_reading_results_needs_neither_keras_nor_a_backend():
+def test_command_line_and_pages_need_neither_keras_nor_a_backend():
     code = """
 import sys
 class Hide:
@@ -130,6 +130,7 @@ class Hide:
         if name in ("keras", "tensorflow", "tensorflow_datasets", "jax", "torch", "matplotlib", "seaborn", "pandas"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Hide())
+import evidence.__main__
 from evidence.pages import generated_files
 print(len(generated_files()))
 """
