@@ -95,10 +95,10 @@ class _Recipe:
         """{path: what `summary` gives} of the results that are no searches."""
         return {path: result.summary() for path, result in self.results.items() if result.grid is None}
 
-    def headline(self, path):
-        """Return the headline of a result: the recipe's own for its default run, else that of the last variant."""
-        variant, figure = read_headline(self.path) if path == self.default else (None, None)
-        return self.results[path].headline(variant, figure)
+    @functools.cached_property
+    def headline(self):
+        """The headline of the default run's result, of the variant and the figure that the recipe names."""
+        return self.results[self.default].headline(*read_headline(self.path))
 
 
 def anchor(heading):
@@ -150,7 +150,7 @@ def _index_cells(recipe):
     """Return the answer of a recipe, and its cost in time with the seconds of a run."""
     if recipe.default not in recipe.results:
         return NOT_MEASURED.format(recipe.measure), DASH
-    result, headline = recipe.results[recipe.default], recipe.headline(recipe.default)
+    result, headline = recipe.results[recipe.default], recipe.headline
     (row,) = [row for row in recipe.summaries[recipe.default] if row["variant"] == headline["variant"]]
     words = f"{_name(headline['variant'])}: {answer(headline, result)}"
     times = [time for time in (time_in_words(row["time"]), seconds_of_a_run(result)) if time != DASH]
@@ -281,7 +281,7 @@ def _measured_parts(recipe, path):
         rows = recipe.summaries[path]
         decisive, rest = _columns(result, rows)
         tables = [_table(decisive), *_tables({"variant": decisive["variant"]} | rest)]
-        meaning = _meaning(result, rows, recipe.headline(path))
+        meaning = _meaning(result, rows, recipe.headline if path == recipe.default else None)
         alternative = f"{name}: curves of each variant, and differences in {result.split} {result.metric}"
     return [
         f"![{alternative}](../../evidence/{recipe.theme}/{path.stem}.svg)",
@@ -348,19 +348,17 @@ def _unbroken(text):
     return re.sub(r" (?=[±×])|(?<=±) |(?<=\d) (?=s$)", "\N{NO-BREAK SPACE}", text)
 
 
-def _meaning(result, rows, headline):
-    """Return sentences, made from the verdicts: of the headline, then of the other variants."""
-    rows = [row for row in rows if row["variant"] != result.baseline]
-    if not rows:
-        return []
-    sentences = [_headline_sentence(result, headline)]
-    groups = {}
+def _meaning(result, rows, headline=None):
+    """Return sentences, made from the verdicts: of the headline, if there is one, then of the other variants."""
+    sentences, start, groups = [], f"Against **{_name(result.baseline)}**, ", {}
+    if headline is not None:
+        sentences.append(_headline_sentence(result, headline))
+        start = "" if headline["figure"] is None else f"In {result.split} {result.metric}, "
     for row in rows:
-        if headline["figure"] is not None or row["variant"] != headline["variant"]:
+        is_told = headline is not None and headline["figure"] is None and row["variant"] == headline["variant"]
+        if row["variant"] != result.baseline and not is_told:
             groups.setdefault(_kind_of_verdict(row), []).append(row)
-    clauses = [_group_clause(kind, groups[kind], result) for kind in KINDS if kind in groups]
-    if clauses:
-        start = f"In {result.split} {result.metric}, " if headline["figure"] is not None else ""
+    if clauses := [_group_clause(kind, groups[kind], result) for kind in KINDS if kind in groups]:
         sentences.append(f"{start}{'; '.join(clauses)}.")
     return sentences
 

@@ -116,6 +116,13 @@ def test_command_line_is_understood(command):
         app.parse_args(tokens, exit_on_error=False, print_error=False)
 
 
+def test_lines_that_start_clusters_are_python():
+    lines = re.findall(r"`(cluster = [^`]+)`", TEXTS[ROOT / "docs" / "many-machines.md"])
+    assert [re.search(r"\w+Cluster", line)[0] for line in lines] == ["SLURMCluster", "KubeCluster", "SSHCluster"]
+    for line in lines:
+        compile(line, "docs", "exec")
+
+
 def test_the_two_commands_come_first_and_install():
     install = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/python "
     assert commands(ROOT / "README.md") == [install + "recipes/regularization/dropout.py", install + "-m pytest"]

@@ -14,7 +14,7 @@ from scipy import stats
 
 import callbacks
 from callbacks.comparison import Result
-from evidence import pages
+from evidence import pages, recipes
 from evidence.pages import generated_files
 from evidence.recipes import ROOT, find_recipes, read_card
 
@@ -122,7 +122,7 @@ def interval_in_points(differences, comparisons=1):
     return f"{100 * np.mean(differences):+.1f} ± {50 * (interval.high - interval.low):.1f}".replace("-", "−")
 
 
-def test_reading_results_needs_neither_keras_nor_a_backend():
+def test_command_line_and_pages_need_neither_keras_nor_a_backend():
     code = """
 import sys
 class Hide:
@@ -130,6 +130,7 @@ class Hide:
         if name in ("keras", "tensorflow", "tensorflow_datasets", "jax", "torch", "matplotlib", "seaborn", "pandas"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Hide())
+import evidence.__main__
 from evidence.pages import generated_files
 print(len(generated_files()))
 """
@@ -210,6 +211,19 @@ def test_section_shows_the_lines_the_tables_and_what_they_mean(root):
     assert "```sh\npython recipes/schedules/quick_start.py --seeds 10\n```" in text
     for words in ("**Cost:** none.", "**Look for:** it begins.", "**Source:** f.", "**How it works:** t_1 * t_2."):
         assert words in text
+
+
+def test_further_result_of_a_recipe_has_its_flags_and_every_verdict(root, monkeypatch):
+    monkeypatch.setattr(recipes, "FURTHER", {"quick_start": {"large": ["--gain", "2"]}})
+    add_recipe(root)
+    add_result(root, {"off": OFF, "on": ON})
+    text = page(root, "recipes/schedules/README.md")
+    assert "### Quick start --gain 2\n\nNot measured yet: `python -m evidence quick_start` does it." in text
+    add_result(root, {"off": OFF, "on": ON, "bad": OFF - 0.1 + (ON - OFF)}, name="quick_start.large")
+    text = page(root, "recipes/schedules/README.md").partition("### Quick start --gain 2")[2]
+    assert "](../../evidence/schedules/quick_start.large.svg)" in text
+    assert "\n\nAgainst **off**, **on** is better; **bad** is worse.\n\n" in text
+    assert "python recipes/schedules/quick_start.py --gain 2 --seeds 10" in text
 
 
 def test_what_a_card_says_to_look_for_is_left_out_as_long_as_it_holds_measured_figures(root):
