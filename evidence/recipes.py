@@ -138,7 +138,7 @@ def digest(recipe):
     train. The digest is the same for every version of Python that runs the recipes.
     """
     files = [recipe, *_imported_callbacks(recipe)]
-    return hashlib.sha256("\n".join(repr(_code(file)) for file in files).encode()).hexdigest()
+    return hashlib.sha256("\n".join(_code(file.read_text(encoding="utf-8")) for file in files).encode()).hexdigest()
 
 
 def why_stale(recipe, path, seeds):
@@ -185,14 +185,15 @@ def _imports_from_callbacks(file):
     """Return (module, name) for every `from callbacks… import name` in a Python file."""
     return [
         (node.module, alias.name)
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        for node in ast.walk(_parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("callbacks.")
         for alias in node.names
     ]
 
 
-def _code(file):
-    """Return a Python file's syntax tree, without docstrings, as nested lists of names and values.
+@functools.cache
+def _code(text):
+    """Return the syntax tree of a Python file's text, without docstrings, as the text of nested lists.
 
     `ast.dump` and `ast.unparse` would do, if their output did not differ between versions of Python.
     """
@@ -211,4 +212,4 @@ def _code(file):
             *([name, reduce(value)] for name, value in fields.items() if value not in (None, [])),
         ]
 
-    return reduce(ast.parse(file.read_text(encoding="utf-8")))
+    return repr(reduce(_parse(text)))

@@ -174,11 +174,7 @@ class Comparison:
             if not self.finished(name, seed):
                 with _Iteration(self, name, seed):
                     yield names[name], variants[names[name]], self.run(names[name], seed)
-            self._missing.discard((seed, name))
-            if not any(seed == other for other, _ in self._missing):
-                self._starts.pop(seed, None)
-                self.result.start = None
-            self._save()
+            self._end_iteration(seed, name)
 
     def search(self, variants, grid, seeds=3):
         """Give name, value and callback, as `runs` does, for each variant at each rate of a grid.
@@ -216,8 +212,7 @@ class Comparison:
             value = (*value[:-1], rate) if isinstance(value, tuple) else rate
             with _Iteration(self, name, seed):
                 yield names[name], value, _Run(self, name, seed, rate)
-            self._missing.discard((seed, name, rate))
-            self._save()
+            self._end_iteration(seed, name, rate)
 
     def run(self, variant, seed):
         """Return the callback that makes one `fit` a run of this comparison; it moves to the end of the callbacks.
@@ -486,6 +481,14 @@ class Comparison:
         if saved.start:
             self._starts[saved.start["seed"]] = Start.from_text(saved.start["weights"])
             self.result.start = saved.start
+
+    def _end_iteration(self, seed, *name_and_rate):
+        self._missing.discard((seed, *name_and_rate))
+        if not any(seed == other for other, *_ in self._missing):
+            # The seed is complete: nobody has to start as it did any more.
+            self._starts.pop(seed, None)
+            self.result.start = None
+        self._save()
 
     def _show_plan(self, todo, total):
         self._planned = total

@@ -199,6 +199,8 @@ def test_search_is_saved_and_goes_on(tmp_path):
     )
     assert [rate[1] for rate in rates] == [1, 1]
     assert second.result.search_summary() == whole.result.search_summary()
+    # Nobody goes on from the start of a seed that is complete.
+    assert Result.load(tmp_path / "name.json").start is None
     with pytest.raises(ValueError, match="grid: "):
         run_all(new_comparison(validation=VALIDATION, save=tmp_path / "name"))
 
