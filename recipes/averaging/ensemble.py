@@ -147,6 +147,7 @@ def main(
     train, _, test, classes = load(dataset, data_dir, limit)
     with Comparison(
         metric="accuracy",
+        test=test,
         same_start=False,  # the members must start apart; the first starts as the baseline does
         settings={"dataset": dataset, "limit": limit, "epochs": epochs, "width": WIDTH},
         save=save,

@@ -178,6 +178,7 @@ def main(
     train, _, (images, labels), classes = load(dataset, data_dir, limit)
     with Comparison(
         metric="loss",
+        test=(images, labels),
         same_start=False,  # one training serves all variants of a seed and rate
         settings={
             "dataset": dataset,
