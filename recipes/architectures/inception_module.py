@@ -54,6 +54,9 @@ VARIANTS = {
     "inception": "inception",
 }
 
+# The variant that answers the recipe's question.
+HEADLINE = "inception"
+
 BRANCHES = ("1×1", "3×3", "5×5", "pooling")
 BY = f"branch: {', '.join(BRANCHES)}"
 
@@ -175,42 +178,38 @@ def main(
         for variant, kernel_sizes in VARIANTS.items()
     }
     with Comparison(
-        baseline="3×3",
         metric="accuracy",
         train=train,
         validation=validation,
         test=test,
         same_start=False,  # the variants differ in shape
-        runs=seeds * len(VARIANTS),
         settings={"dataset": dataset, "limit": limit, "epochs": epochs, "learning rate": learning_rate},
         save=save,
     ) as comparison:
-        for seed in range(seeds):
-            for variant, kernel_sizes in VARIANTS.items():
-                keras.utils.set_random_seed(seed)
-                model = build_model(image_shape, classes, kernel_sizes, filters[variant])
-                model.compile(
-                    optimizer=keras.optimizers.Adam(learning_rate),
-                    loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-                    metrics=["accuracy"],
-                )
-                comparison.add_figure(variant, seed, "parameters", model.count_params())
-                if kernel_sizes == "inception":
-                    shares = branch_shares(model, validation[0])
-                    comparison.add_signal(variant, seed, "share before training", shares, by=BY)
-                model.fit(
-                    *train,
-                    batch_size=128,
-                    epochs=epochs,
-                    validation_data=validation,
-                    verbose=0,
-                    callbacks=[comparison.run(variant, seed)],
-                )
-                if kernel_sizes == "inception":
-                    shares = branch_shares(model, validation[0])
-                    comparison.add_signal(variant, seed, "share after training", shares, by=BY)
-                    for branch, share in zip(BRANCHES, shares, strict=True):
-                        comparison.add_figure(variant, seed, f"share {branch}", share)
+        for variant, kernel_sizes, run in comparison.runs(VARIANTS, seeds):
+            model = build_model(image_shape, classes, kernel_sizes, filters[variant])
+            model.compile(
+                optimizer=keras.optimizers.Adam(learning_rate),
+                loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+                metrics=["accuracy"],
+            )
+            comparison.add_figure(variant, run.seed, "parameters", model.count_params())
+            if kernel_sizes == "inception":
+                shares = branch_shares(model, validation[0])
+                comparison.add_signal(variant, run.seed, "share before training", shares, by=BY)
+            model.fit(
+                *train,
+                batch_size=128,
+                epochs=epochs,
+                validation_data=validation,
+                verbose=0,
+                callbacks=[run],
+            )
+            if kernel_sizes == "inception":
+                shares = branch_shares(model, validation[0])
+                comparison.add_signal(variant, run.seed, "share after training", shares, by=BY)
+                for branch, share in zip(BRANCHES, shares, strict=True):
+                    comparison.add_figure(variant, run.seed, f"share {branch}", share)
     return comparison
 
 

@@ -45,6 +45,9 @@ from callbacks import Comparison
 # The number of hidden units.
 VARIANTS = {"width 4": 4, "width 16": 16, "width 64": 64, "width 256": 256}
 
+# The variant that answers the recipe's question.
+HEADLINE = "width 256"
+
 # The training sets, as shares of all training images.
 SHARES = (1 / 16, 1 / 4, 1)
 
@@ -113,57 +116,54 @@ def main(
     sizes = sorted({max(1, round(share * len(images))) for share in SHARES})
     by = f"images: {', '.join(map(str, sizes))}"
     with Comparison(
-        baseline="width 4",
         metric="accuracy",
         train=train,
         validation=validation,
         test=test,
         same_start=False,  # the variants differ in shape
-        runs=seeds * len(VARIANTS),
         settings={"dataset": dataset, "limit": limit, "epochs": epochs, "learning rate": learning_rate},
         save=save,
     ) as comparison:
-        for seed in range(seeds):
+        for variant, width, run in comparison.runs(VARIANTS, seeds):
             # Each seed has training sets of its own, the smaller ones parts of the larger ones.
-            order = np.random.default_rng(seed).permutation(len(images))
-            for variant, width in VARIANTS.items():
-                results = []
-                for size in sizes:
-                    keras.utils.set_random_seed(seed)
-                    model = build_model(images.shape[1:], classes, width)
-                    model.compile(
-                        optimizer=keras.optimizers.Adam(learning_rate),
-                        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-                        metrics=["accuracy"],
-                    )
-                    # Repeated to the number of all images, a small set gets as many training steps as a large one.
-                    repeated = np.resize(order[:size], len(order))
-                    history = model.fit(
-                        images[repeated],
-                        labels[repeated],
-                        batch_size=128,
-                        epochs=epochs,
-                        validation_data=validation,
-                        verbose=0,
-                        # The table and its verdicts are those of the whole training set.
-                        callbacks=[comparison.run(variant, seed)] if size == len(images) else [],
-                    )
-                    if size == len(images):
-                        metrics = comparison.result.runs[-1]["metrics"]
-                        on_train, on_test = metrics["train"]["accuracy"], metrics["test"]["accuracy"]
-                    else:
-                        part = images[order[:size]], labels[order[:size]]
-                        on_train, on_test = (model.evaluate(*data, verbose=0)[1] for data in (part, test))
-                    best_epoch = 1 + np.argmin(history.history["val_loss"])
-                    results.append((on_test, on_train - on_test, best_epoch))
-                parameters = model.count_params()
-                comparison.add_figure(variant, seed, "parameters", parameters)
-                comparison.add_figure(variant, seed, "per image", parameters / len(images))
-                comparison.add_figure(variant, seed, "training accuracy", on_train)
-                comparison.add_figure(variant, seed, "best epoch", best_epoch)
-                names = ("test accuracy", "gap", "best epoch")
-                for name, values in zip(names, zip(*results, strict=True), strict=True):
-                    comparison.add_signal(variant, seed, name, values, by=by)
+            order = np.random.default_rng(run.seed).permutation(len(images))
+            results = []
+            for size in sizes:
+                keras.utils.set_random_seed(run.seed)  # the sizes start equal
+                model = build_model(images.shape[1:], classes, width)
+                model.compile(
+                    optimizer=keras.optimizers.Adam(learning_rate),
+                    loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+                    metrics=["accuracy"],
+                )
+                # Repeated to the number of all images, a small set gets as many training steps as a large one.
+                repeated = np.resize(order[:size], len(order))
+                history = model.fit(
+                    images[repeated],
+                    labels[repeated],
+                    batch_size=128,
+                    epochs=epochs,
+                    validation_data=validation,
+                    verbose=0,
+                    # The table and its verdicts are those of the whole training set.
+                    callbacks=[run] if size == len(images) else [],
+                )
+                if size == len(images):
+                    metrics = comparison.result.runs[-1]["metrics"]
+                    on_train, on_test = metrics["train"]["accuracy"], metrics["test"]["accuracy"]
+                else:
+                    part = images[order[:size]], labels[order[:size]]
+                    on_train, on_test = (model.evaluate(*data, verbose=0)[1] for data in (part, test))
+                best_epoch = 1 + np.argmin(history.history["val_loss"])
+                results.append((on_test, on_train - on_test, best_epoch))
+            parameters = model.count_params()
+            comparison.add_figure(variant, run.seed, "parameters", parameters)
+            comparison.add_figure(variant, run.seed, "per image", parameters / len(images))
+            comparison.add_figure(variant, run.seed, "training accuracy", on_train)
+            comparison.add_figure(variant, run.seed, "best epoch", best_epoch)
+            names = ("test accuracy", "gap", "best epoch")
+            for name, values in zip(names, zip(*results, strict=True), strict=True):
+                comparison.add_signal(variant, run.seed, name, values, by=by)
     return comparison
 
 

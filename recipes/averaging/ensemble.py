@@ -60,6 +60,9 @@ VARIANTS = {
     "one, 5 times as large": (1, MEMBERS, 0.0003),
 }
 
+# The variant that answers the recipe's question.
+HEADLINE = "ensemble of 5"
+
 DATA_DIR = Path(__file__).resolve().parent.parent.parent / "data"
 
 
@@ -144,37 +147,35 @@ def main(
     """
     train, _, test, classes = load(dataset, data_dir, limit)
     with Comparison(
-        baseline="one network",
         metric="accuracy",
+        test=test,
         same_start=False,  # the members must start apart; the first starts as the baseline does
-        runs=seeds * len(VARIANTS),
         settings={"dataset": dataset, "limit": limit, "epochs": epochs, "width": WIDTH},
         save=save,
     ) as comparison:
-        for seed in range(seeds):
-            for variant, (members, times, learning_rate) in VARIANTS.items():
-                logits = []
-                for member in range(members):
-                    # The technique: no two members of any ensemble share a seed.
-                    keras.utils.set_random_seed(seed * MEMBERS + member)
-                    width = width_of(times, train[0].shape[1:], classes)
-                    model = build_model(train[0].shape[1:], classes, width)
-                    model.compile(
-                        optimizer=keras.optimizers.Adam(learning_rate),
-                        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-                        metrics=["accuracy"],
-                    )
-                    model.fit(*train, batch_size=128, epochs=epochs, verbose=0)
-                    logits.append(model.predict(test[0], batch_size=256, verbose=0))
-                by_count = [figures(average(logits[: count + 1]), test[1]) for count in range(MEMBERS)]
-                comparison.add(variant, seed, by_count[-1])
-                by_member = [figures(average([member]), test[1]) for member in logits]
-                comparison.add_figure(variant, seed, "log-loss", by_count[-1]["loss"])
-                for title, name in ("members' accuracy", "accuracy"), ("members' log-loss", "loss"):
-                    comparison.add_figure(variant, seed, title, np.mean([member[name] for member in by_member]))
-                for title, name in ("test accuracy", "accuracy"), ("test log-loss", "loss"):
-                    values = [of_count[name] for of_count in by_count]
-                    comparison.add_signal(variant, seed, title, values, by="number of members")
+        for variant, (members, times, learning_rate), run in comparison.runs(VARIANTS, seeds):
+            logits = []
+            for member in range(members):
+                # The technique: no two members of any ensemble share a seed.
+                keras.utils.set_random_seed(run.seed * MEMBERS + member)
+                width = width_of(times, train[0].shape[1:], classes)
+                model = build_model(train[0].shape[1:], classes, width)
+                model.compile(
+                    optimizer=keras.optimizers.Adam(learning_rate),
+                    loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+                    metrics=["accuracy"],
+                )
+                model.fit(*train, batch_size=128, epochs=epochs, verbose=0)
+                logits.append(model.predict(test[0], batch_size=256, verbose=0))
+            by_count = [figures(average(logits[: count + 1]), test[1]) for count in range(MEMBERS)]
+            comparison.add(variant, run.seed, by_count[-1])
+            by_member = [figures(average([member]), test[1]) for member in logits]
+            comparison.add_figure(variant, run.seed, "log-loss", by_count[-1]["loss"])
+            for title, name in ("members' accuracy", "accuracy"), ("members' log-loss", "loss"):
+                comparison.add_figure(variant, run.seed, title, np.mean([member[name] for member in by_member]))
+            for title, name in ("test accuracy", "accuracy"), ("test log-loss", "loss"):
+                values = [of_count[name] for of_count in by_count]
+                comparison.add_signal(variant, run.seed, title, values, by="number of members")
     return comparison
 
 

@@ -53,6 +53,9 @@ VARIANTS = {
     "cosine decay": (0.1, "decayed"),
 }
 
+# The variant that answers the recipe's question.
+HEADLINE = "SWA"
+
 DATA_DIR = Path(__file__).resolve().parent.parent.parent / "data"
 
 
@@ -129,12 +132,10 @@ def main(
     train, validation, test, classes = load(dataset, data_dir, limit)
     steps = epochs * math.ceil(len(train[0]) / batch_size)
     with Comparison(
-        baseline="constant rate",
         metric="accuracy",
         train=train,
         validation=validation,
         test=test,
-        runs=seeds * len(VARIANTS),
         settings={
             "dataset": dataset,
             "limit": limit,
@@ -144,31 +145,29 @@ def main(
         },
         save=save,
     ) as comparison:
-        for seed in range(seeds):
-            for variant, (learning_rate, treatment) in VARIANTS.items():
-                keras.utils.set_random_seed(seed)
-                model = build_model(train[0].shape[1:], classes)
-                decayed = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
-                model.compile(
-                    optimizer=keras.optimizers.SGD(decayed if treatment == "decayed" else learning_rate, momentum=0.9),
-                    loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-                    metrics=["accuracy"],
-                )
-                averaging = StochasticWeightAveraging(start_epoch=epochs // 2, data=train, batch_size=batch_size)
-                callbacks = {
-                    "nothing": [],
-                    "averaged": [averaging],  # the technique
-                    "averaged, old statistics": [averaging, KeepOldStatistics(averaging)],
-                    "decayed": [],
-                }[treatment]
-                model.fit(
-                    *train,
-                    batch_size=batch_size,
-                    epochs=epochs,
-                    validation_data=validation,
-                    verbose=0,
-                    callbacks=[*callbacks, comparison.run(variant, seed)],
-                )
+        for _, (learning_rate, treatment), run in comparison.runs(VARIANTS, seeds):
+            model = build_model(train[0].shape[1:], classes)
+            decayed = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
+            model.compile(
+                optimizer=keras.optimizers.SGD(decayed if treatment == "decayed" else learning_rate, momentum=0.9),
+                loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+                metrics=["accuracy"],
+            )
+            averaging = StochasticWeightAveraging(start_epoch=epochs // 2, data=train, batch_size=batch_size)
+            callbacks = {
+                "nothing": [],
+                "averaged": [averaging],  # the technique
+                "averaged, old statistics": [averaging, KeepOldStatistics(averaging)],
+                "decayed": [],
+            }[treatment]
+            model.fit(
+                *train,
+                batch_size=batch_size,
+                epochs=epochs,
+                validation_data=validation,
+                verbose=0,
+                callbacks=[*callbacks, run],
+            )
     return comparison
 
 

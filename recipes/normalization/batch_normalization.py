@@ -59,6 +59,9 @@ VARIANTS = {
     "after, rate 0.1": ("after", 0.1),
 }
 
+# The variant that answers the recipe's question.
+HEADLINE = ("before, rate 0.1", "epochs to 0.82")
+
 DATA_DIR = Path(__file__).resolve().parent.parent.parent / "data"
 
 
@@ -132,35 +135,31 @@ def main(
     """
     train, validation, test, classes = load(dataset, data_dir, limit)
     with Comparison(
-        baseline="none, rate 0.03",
         metric="accuracy",
         train=train,
         validation=validation,
         test=test,
         same_start=False,  # γ and β are weights of their own; the kernels start equal, for the seed makes them
-        runs=seeds * len(VARIANTS),
         settings={"dataset": dataset, "limit": limit, "epochs": epochs, "momentum": momentum},
         save=save,
     ) as comparison:
-        for seed in range(seeds):
-            for variant, (place, learning_rate) in VARIANTS.items():
-                keras.utils.set_random_seed(seed)
-                model = build_model(train[0].shape[1:], classes, place, momentum)
-                model.compile(
-                    optimizer=keras.optimizers.SGD(learning_rate),
-                    loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-                    metrics=["accuracy"],
-                )
-                history = model.fit(
-                    *train,
-                    batch_size=128,
-                    epochs=epochs,
-                    validation_data=validation,
-                    verbose=0,
-                    callbacks=[comparison.run(variant, seed)],
-                )
-                reached = epochs_to(target, history.history["val_accuracy"])
-                comparison.add_figure(variant, seed, f"epochs to {target}", reached)
+        for variant, (place, learning_rate), run in comparison.runs(VARIANTS, seeds):
+            model = build_model(train[0].shape[1:], classes, place, momentum)
+            model.compile(
+                optimizer=keras.optimizers.SGD(learning_rate),
+                loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+                metrics=["accuracy"],
+            )
+            history = model.fit(
+                *train,
+                batch_size=128,
+                epochs=epochs,
+                validation_data=validation,
+                verbose=0,
+                callbacks=[run],
+            )
+            reached = epochs_to(target, history.history["val_accuracy"])
+            comparison.add_figure(variant, run.seed, f"epochs to {target}", reached)
     return comparison
 
 

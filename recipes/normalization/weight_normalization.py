@@ -45,6 +45,9 @@ VARIANTS = {
     "batch norm": ("batch", 0.1),
 }
 
+# The variant that answers the recipe's question.
+HEADLINE = ("weight norm", "epochs to 0.82")
+
 DATA_DIR = Path(__file__).resolve().parent.parent.parent / "data"
 
 
@@ -146,13 +149,11 @@ def main(
     """
     train, validation, test, classes = load(dataset, data_dir, limit)
     with Comparison(
-        baseline="plain",
         metric="accuracy",
         train=train,
         validation=validation,
         test=test,
         same_start=False,  # g, γ and β are weights of their own; the kernels start equal, for the seed makes them
-        runs=seeds * len(VARIANTS),
         settings={
             "dataset": dataset,
             "limit": limit,
@@ -161,25 +162,23 @@ def main(
         },
         save=save,
     ) as comparison:
-        for seed in range(seeds):
-            for variant, (normalisation, learning_rate) in VARIANTS.items():
-                keras.utils.set_random_seed(seed)
-                model = build_model(train[0].shape[1:], classes, normalisation)
-                model.compile(
-                    optimizer=keras.optimizers.SGD(learning_rate),
-                    loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-                    metrics=["accuracy"],
-                )
-                history = model.fit(
-                    *train,
-                    batch_size=128,
-                    epochs=epochs,
-                    validation_data=validation,
-                    verbose=0,
-                    callbacks=[comparison.run(variant, seed)],
-                )
-                reached = epochs_to(target, history.history["val_accuracy"])
-                comparison.add_figure(variant, seed, f"epochs to {target}", reached)
+        for variant, (normalisation, learning_rate), run in comparison.runs(VARIANTS, seeds):
+            model = build_model(train[0].shape[1:], classes, normalisation)
+            model.compile(
+                optimizer=keras.optimizers.SGD(learning_rate),
+                loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+                metrics=["accuracy"],
+            )
+            history = model.fit(
+                *train,
+                batch_size=128,
+                epochs=epochs,
+                validation_data=validation,
+                verbose=0,
+                callbacks=[run],
+            )
+            reached = epochs_to(target, history.history["val_accuracy"])
+            comparison.add_figure(variant, run.seed, f"epochs to {target}", reached)
     return comparison
 
 

@@ -95,6 +95,10 @@ VARIANTS = {
     "normalised": (NormalizedGradientDescent, 0.1),
     "Adagrad": (optimizers.Adagrad, 0.03),
 }
+
+# The variant that answers the recipe's question.
+HEADLINE = "normalised"
+
 # What is added to the name of a variant, and what the loss is multiplied by.
 LOSS_WEIGHTS = {"": 1.0, ", loss/100": 0.01}
 
@@ -137,11 +141,12 @@ def search_rates(seeds, *arguments):
     """
     titles = ["variant", *map(str, GRID), "best"]
     table = Table(*titles, title="validation accuracy in % by learning rate", box=box.SIMPLE_HEAD, padding=0)
+    seeds = seeds if np.iterable(seeds) else range(seeds)
     best = {}
     for variant in track(VARIANTS, "search", console=Console(stderr=True)):
         means = []
         for rate in GRID:
-            histories = [train_model(variant, rate, seed, *arguments).history for seed in range(seeds)]
+            histories = [train_model(variant, rate, seed, *arguments).history for seed in seeds]
             means.append(np.mean([history["val_accuracy"][-1] for history in histories]))
         best[variant] = GRID[np.argmax(means)]
         table.add_row(variant, *(f"{100 * mean:.1f}" for mean in means), str(best[variant]))
@@ -174,13 +179,16 @@ def main(
     rates = {variant: rate for variant, (_, rate) in VARIANTS.items()}
     if search:
         rates = search_rates(seeds, train, validation, classes, epochs)
+    variants = {
+        variant + suffix: (variant, rate, loss_weight)
+        for suffix, loss_weight in LOSS_WEIGHTS.items()
+        for variant, rate in rates.items()
+    }
     with Comparison(
-        baseline="SGD",
         metric="accuracy",
         train=train,
         validation=validation,
         test=test,
-        runs=seeds * len(VARIANTS) * len(LOSS_WEIGHTS),
         settings={
             "dataset": dataset,
             "limit": limit,
@@ -189,12 +197,9 @@ def main(
         },
         save=save,
     ) as comparison:
-        for seed in range(seeds):
-            for suffix, loss_weight in LOSS_WEIGHTS.items():
-                for variant, rate in rates.items():
-                    run = comparison.run(variant + suffix, seed)
-                    train_model(variant, rate, seed, train, validation, classes, epochs, loss_weight, [run])
-                    comparison.add_figure(variant + suffix, seed, "learning rate", rate)
+        for name, (variant, rate, loss_weight), run in comparison.runs(variants, seeds):
+            train_model(variant, rate, run.seed, train, validation, classes, epochs, loss_weight, [run])
+            comparison.add_figure(name, run.seed, "learning rate", rate)
     return comparison
 
 

@@ -51,6 +51,9 @@ VARIANTS = {
     "range test": None,
 }
 
+# The variant that answers the recipe's question.
+HEADLINE = "range test"
+
 DATA_DIR = Path(__file__).resolve().parent.parent.parent / "data"
 
 
@@ -124,40 +127,36 @@ def main(
     train, validation, test, classes = load(dataset, data_dir, limit)
     batch_size = 128
     with Comparison(
-        baseline="rate 0.01",
         metric="accuracy",
         train=train,
         validation=validation,
         test=test,
         same_start=False,  # the seed makes equal starts, that of the range test's own model included
-        runs=seeds * len(VARIANTS),
         settings={"dataset": dataset, "limit": limit, "epochs": epochs, "batch size": batch_size},
         save=save,
     ) as comparison:
-        for seed in range(seeds):
-            for variant, learning_rate in VARIANTS.items():
-                if learning_rate is None:
-                    # A comparison takes new models only, so the test has one of its own, from the same start.
-                    keras.utils.set_random_seed(seed)
-                    finder = range_test(build_model(train[0].shape[1:], classes, 0.01), *train, batch_size)
-                    learning_rate = finder.suggestion
-                    # Padded, so that the place of each mean of several losses is that of the step in its middle.
-                    shown = np.minimum(finder.smoothed_losses, 1.5 * finder.smoothed_losses[0])
-                    losses = [math.nan] * (finder.window // 2) + list(shown)
-                    by = "step of the test"
-                    comparison.add_signal(variant, seed, "smoothed loss (capped)", losses, by=by)
-                    comparison.add_signal(variant, seed, "learning rate", finder.learning_rates, by=by, scale="log")
-                keras.utils.set_random_seed(seed)
-                model = build_model(train[0].shape[1:], classes, learning_rate)
-                model.fit(
-                    *train,
-                    batch_size=batch_size,
-                    epochs=epochs,
-                    validation_data=validation,
-                    verbose=0,
-                    callbacks=[comparison.run(variant, seed)],
-                )
-                comparison.add_figure(variant, seed, "learning rate", learning_rate)
+        for variant, learning_rate, run in comparison.runs(VARIANTS, seeds):
+            if learning_rate is None:
+                # A comparison takes new models only, so the test has one of its own, from the same start.
+                finder = range_test(build_model(train[0].shape[1:], classes, 0.01), *train, batch_size)
+                learning_rate = finder.suggestion
+                # Padded, so that the place of each mean of several losses is that of the step in its middle.
+                shown = np.minimum(finder.smoothed_losses, 1.5 * finder.smoothed_losses[0])
+                losses = [math.nan] * (finder.window // 2) + list(shown)
+                by = "step of the test"
+                comparison.add_signal(variant, run.seed, "smoothed loss (capped)", losses, by=by)
+                comparison.add_signal(variant, run.seed, "learning rate", finder.learning_rates, by=by, scale="log")
+                keras.utils.set_random_seed(run.seed)  # the test has drawn random numbers
+            model = build_model(train[0].shape[1:], classes, learning_rate)
+            model.fit(
+                *train,
+                batch_size=batch_size,
+                epochs=epochs,
+                validation_data=validation,
+                verbose=0,
+                callbacks=[run],
+            )
+            comparison.add_figure(variant, run.seed, "learning rate", learning_rate)
     return comparison
 
 

@@ -60,6 +60,9 @@ VARIANTS = {
     "cosine, restarts": ("restarts", 0.001),
 }
 
+# The variant that answers the recipe's question.
+HEADLINE = "warm-up, cosine"
+
 DATA_DIR = Path(__file__).resolve().parent.parent.parent / "data"
 
 
@@ -134,12 +137,10 @@ def main(
     batch_size = 128
     steps = epochs * math.ceil(len(train[0]) / batch_size)
     with Comparison(
-        baseline="constant",
         metric="accuracy",
         train=train,
         validation=validation,
         test=test,
-        runs=seeds * len(VARIANTS),
         settings={
             "dataset": dataset,
             "limit": limit,
@@ -148,28 +149,26 @@ def main(
         },
         save=save,
     ) as comparison:
-        for seed in range(seeds):
-            for variant, (schedule, peak) in VARIANTS.items():
-                keras.utils.set_random_seed(seed)
-                model = build_model(train[0].shape[1:], classes)
-                model.compile(
-                    optimizer=keras.optimizers.Adam(learning_rate(schedule, peak, steps)),
-                    loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-                    metrics=["accuracy"],
-                )
-                rates = LearningRateLogger()
-                model.fit(
-                    *train,
-                    batch_size=batch_size,
-                    epochs=epochs,
-                    validation_data=validation,
-                    verbose=0,
-                    callbacks=[rates, comparison.run(variant, seed)],
-                )
-                comparison.add_figure(variant, seed, "peak rate", max(rates.history))
-                comparison.add_figure(variant, seed, "last rate", rates.history[-1])
-                # Every seventh step makes lines that are short, and still smooth.
-                comparison.add_signal(variant, seed, "learning rate", rates.history[::7], by="block of 7 steps")
+        for variant, (schedule, peak), run in comparison.runs(VARIANTS, seeds):
+            model = build_model(train[0].shape[1:], classes)
+            model.compile(
+                optimizer=keras.optimizers.Adam(learning_rate(schedule, peak, steps)),
+                loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+                metrics=["accuracy"],
+            )
+            rates = LearningRateLogger()
+            model.fit(
+                *train,
+                batch_size=batch_size,
+                epochs=epochs,
+                validation_data=validation,
+                verbose=0,
+                callbacks=[rates, run],
+            )
+            comparison.add_figure(variant, run.seed, "peak rate", max(rates.history))
+            comparison.add_figure(variant, run.seed, "last rate", rates.history[-1])
+            # Every seventh step makes lines that are short, and still smooth.
+            comparison.add_signal(variant, run.seed, "learning rate", rates.history[::7], by="block of 7 steps")
     return comparison
 
 
