@@ -1,8 +1,10 @@
 """Measure every recipe whose result is stale, and make the pages from the results."""
 
 import contextlib
+import functools
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -166,14 +168,13 @@ def measure(missing, finish, processes, scheduler=None):
             shown.advance(unit, error)
             finish_if_complete(path)
 
-        if shared:
-            if scheduler:
-                make_executor = stack.enter_context(units.cluster(scheduler, shared))
-            else:
-                make_executor = lambda: units.processes(min(processes, len(shared)))  # noqa: E731
-            units.run_all(shared, make_executor, note)
+        if shared and scheduler:
+            units.run_all(shared, stack.enter_context(units.cluster(scheduler, shared)), units.run_unit, note)
+        elif shared:
+            units.run_all(shared, ThreadPoolExecutor(processes), units.run_in_new_process, note)
         if alone:
-            units.run_all(alone, lambda: units.processes(1, threads=units.cores()), note)
+            with_all_cores = functools.partial(units.run_in_new_process, threads=units.cores())
+            units.run_all(alone, ThreadPoolExecutor(1), with_all_cores, note)
     return failures
 
 

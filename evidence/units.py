@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -118,24 +117,32 @@ def merge(root, recipe, path, units, begin_anew=False):
     forget(root, path)
 
 
-def run_all(units, make_executor, note):
-    """Run units on the executors that `make_executor` returns, and call `note(unit, text, error)` as each ends.
+def run_all(units, executor, run, note):
+    """Give units to an executor, in this order, and call `note(unit, text, error)` as each ends.
 
-    An executor one of whose processes was killed cannot go on: what is left is given to a new one, until three in a
-    row have ended nothing.
+    Args:
+        executor: a `concurrent.futures.Executor`; it is shut down at the end.
+        run: function of a unit that runs it and returns the text of its file. Where its process was killed, it is
+            called again, three times in all.
+
+    Raises:
+        ConnectionError: the executor is a cluster's, whose scheduler has gone.
     """
-    left, in_vain = list(units), 0
-    while left:
-        before = len(left)
-        executor, futures = make_executor(), {}
-        try:
-            futures |= {executor.submit(run_unit, unit): unit for unit in left}
-            for future in concurrent.futures.as_completed(futures):
-                unit = futures[future]
+    pending, kills = {}, dict.fromkeys(units, 0)
+    try:
+        pending |= {executor.submit(run, unit): unit for unit in units}
+        while pending:
+            done, _ = concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                unit = pending.pop(future)
                 try:
-                    text = future.result()
+                    note(unit, future.result(), None)
                 except concurrent.futures.BrokenExecutor:
-                    continue
+                    kills[unit] += 1
+                    if kills[unit] < 3:
+                        pending[executor.submit(run, unit)] = unit
+                    else:
+                        note(unit, None, MemoryError("its process was killed three times: is there memory enough?"))
                 except concurrent.futures.CancelledError:
                     # Nobody here cancels any.
                     raise ConnectionError(
@@ -144,22 +151,14 @@ def run_all(units, make_executor, note):
                     ) from None
                 except (Exception, SystemExit) as error:
                     note(unit, None, error)
-                else:
-                    note(unit, text, None)
-                left.remove(unit)
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            executor.shutdown(wait=False)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
-        executor.shutdown()
-        in_vain = in_vain + 1 if len(left) == before else 0
-        if in_vain == 3:
-            for unit in left:
-                note(unit, None, MemoryError("its process was killed three times, perhaps because memory ran out"))
-            return
+    except BaseException:
+        for future in pending:
+            future.cancel()
+        executor.shutdown(wait=False)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    executor.shutdown()
 
 
 def run_unit(unit, root=None):
@@ -169,18 +168,19 @@ def run_unit(unit, root=None):
     return run(unit, root)
 
 
-def processes(count, threads=1):
-    """Return an executor with `count` processes, started afresh, each of which computes with so many threads.
+def run_in_new_process(unit, threads=1):
+    """Run a unit in a process of its own, started afresh, that computes with so many threads.
 
-    With one thread the figures are the same on machines with few cores and with many.
+    With one thread the figures are the same on machines with few cores and with many. A process that served many units
+    would keep some of the memory of each, about 50 MB on TensorFlow.
     """
-    return concurrent.futures.ProcessPoolExecutor(
-        count,
+    with concurrent.futures.ProcessPoolExecutor(
+        1,
         mp_context=multiprocessing.get_context("spawn"),
-        # TensorFlow keeps some of the memory of each model: about 50 MB a unit.
-        max_tasks_per_child=8,
-        initializer=functools.partial(_begin_process, threads),
-    )
+        initializer=_begin_process,
+        initargs=(threads,),
+    ) as process:
+        return process.submit(run_unit, unit).result()
 
 
 def _begin_process(threads):
@@ -208,7 +208,7 @@ def keep(root, unit, text):
 
 @contextlib.contextmanager
 def cluster(address, units):
-    """Connect to a Dask scheduler, and give a function that returns the executor of its workers.
+    """Connect to a Dask scheduler, and give the executor of its workers.
 
     Raises:
         ModuleNotFoundError: Dask's package `distributed` is not installed.
@@ -238,7 +238,7 @@ def cluster(address, units):
         for worker, told in client.run(_say_what_differs, one_of_each_recipe).items():
             if told:
                 raise RuntimeError(f"The worker at {worker} cannot do this work. {told}")
-        yield client.get_executor
+        yield client.get_executor()
 
 
 def _say_what_differs(units):

@@ -141,15 +141,14 @@ def one_thread():
     return {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1", "OMP_NUM_THREADS": "1"}
 
 
-def test_units_in_shared_processes_give_the_figures_of_fresh_ones(project, reference):
-    for processes in (1, 2):
-        code, output = evidence(project, "--seeds", 3, "--processes", processes, "--force")
-        assert code == 0, output
-        assert figures(project) == reference
+def test_units_side_by_side_give_the_figures_of_one_after_another(project, reference):
+    code, output = evidence(project, "--seeds", 3, "--processes", 2, PAUSE="1")
+    assert code == 0, output
+    assert figures(project) == reference
     lines = [line.split() for line in (project / "log").read_text().splitlines()]
-    # The one process served all units, the two shared them.
-    assert len({process for process, _, _ in lines[:6]}) == 1
-    assert len({process for process, _, _ in lines[6:]}) == 2
+    # Each unit has a process of its own, and the first two run at the same time.
+    assert len({(process, seed) for process, seed, _ in lines}) == len({process for process, _, _ in lines}) == 3
+    assert len({process for process, _, _ in lines[:3]}) == 2
 
 
 def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_result(project, reference):
