@@ -2,7 +2,7 @@
 
 import csv
 import doctest
-import inspect
+import json
 import os
 import shutil
 import subprocess
@@ -109,24 +109,54 @@ def test_example_in_the_docstring_runs(callback):
         exec(example.source, names)
 
 
-@pytest.mark.parametrize("callback", CALLBACKS)
-def test_file_or_folder_copied_alone_is_imported_with_nothing_but_keras(callback, tmp_path):
-    module = callback.__module__.split(".")[1]
-    if (folder := ROOT / "callbacks" / module).is_dir():
-        shutil.copytree(folder, tmp_path / module, ignore=shutil.ignore_patterns("__pycache__"))
-    else:
-        shutil.copy(inspect.getfile(callback), tmp_path)
-    code = f"""
-import sys, keras
-before = set(sys.modules)
-from {module} import {callback.__name__}
-new = {{name.partition(".")[0] for name in set(sys.modules) - before}}
-print(sorted(new & {{"seaborn", "matplotlib", "pandas", "rich", "tensorflow_datasets", "callbacks"}}))
+# Imports each callback from the folder that holds its copy alone, one after another, for Keras is imported slowly.
+IMPORT_COPIES = """
+import json, sys
+import keras
+
+unwanted = {"seaborn", "matplotlib", "pandas", "rich", "tensorflow_datasets", "callbacks"} - set(sys.modules)
+found = {}
+for folder, module in map(str.split, sys.argv[1:]):
+    sys.path.insert(0, folder)
+    names = {}
+    exec(f"from {module} import *", names)
+    sys.path.remove(folder)
+    modules = {name: getattr(value, "__module__", None) for name, value in names.items()}
+    found[module] = modules, sorted(unwanted & set(sys.modules))
+    for name in list(sys.modules):
+        if name.partition(".")[0] in {module, *unwanted}:
+            del sys.modules[name]
+print(json.dumps(found))
 """
+
+
+@pytest.fixture(scope="module")
+def imported_copies(tmp_path_factory):
+    """What importing a copy of each callback's file or folder gives: {file or folder: ({name: module}, unwanted)}."""
+    copies = []
+    for module in {callback.__module__.split(".")[1] for callback in CALLBACKS}:
+        copy = tmp_path_factory.mktemp("copy")
+        if (folder := ROOT / "callbacks" / module).is_dir():
+            shutil.copytree(folder, copy / module, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(folder.with_suffix(".py"), copy)
+        copies.append(f"{copy} {module}")
     process = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True
+        [sys.executable, "-P", "-c", IMPORT_COPIES, *copies],
+        env=os.environ | {"PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
     )
-    assert process.stdout.strip() == "[]", process.stderr
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+@pytest.mark.parametrize("callback", CALLBACKS)
+def test_file_or_folder_copied_alone_is_imported_with_nothing_but_keras(callback, imported_copies):
+    module = callback.__module__.split(".")[1]
+    names, unwanted = imported_copies[module]
+    assert names[callback.__name__] == callback.__module__.partition(".")[2]
+    assert unwanted == []
 
 
 @pytest.mark.parametrize("callback", [each for each in CALLBACKS if issubclass(each, keras.callbacks.Callback)])

@@ -2,6 +2,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,7 +141,7 @@ def search(comparison, variants, grid, rates=None, **arguments):
         for variant, value, run in comparison.search(variants, grid, **arguments):
             rate = value[-1] if isinstance(value, tuple) else value
             model = keras.Sequential([keras.Input((4,)), layers.Dense(1, "sigmoid")])
-            model.compile(keras.optimizers.SGD(rate), "binary_crossentropy", metrics=["accuracy"])
+            model.compile(keras.optimizers.SGD(rate), "binary_crossentropy", metrics=["accuracy"], run_eagerly=True)
             fit(model, run)
             comparison.add_figure(variant, run.seed, "rate", rate)
             comparison.add_signal(variant, run.seed, "rate", [rate])
@@ -338,7 +339,7 @@ def test_training_that_no_seed_changes_gets_no_verdict():
     comparison = new_comparison(metric="loss", margin=0.1)
     for _, rate, run in comparison.runs({"a": 0.1, "b": 0.2}, 5):
         model = keras.Sequential([keras.Input((4,)), layers.Dense(1, "sigmoid", kernel_initializer="zeros")])
-        model.compile(keras.optimizers.SGD(rate), "binary_crossentropy", metrics=["accuracy"])
+        model.compile(keras.optimizers.SGD(rate), "binary_crossentropy", metrics=["accuracy"], run_eagerly=True)
         model.fit(*TRAIN, batch_size=48, shuffle=False, epochs=2, verbose=0, callbacks=[run])
     assert comparison.summary()[1]["verdict"] == "no verdict: seeds repeat each other"
     assert any("gave equal figures to the bit" in note for note in comparison.notes())
@@ -677,23 +678,29 @@ def test_every_finished_run_is_in_the_file_before_the_next_begins(tmp_path):
     assert loaded.start is None
 
 
-@pytest.mark.parametrize("stop_at", range(1, 6))
-def test_interrupted_comparison_goes_on_and_ends_as_if_it_had_not_been(stop_at, tmp_path, capsys):
+def test_comparison_that_is_interrupted_after_every_run_ends_as_if_it_had_not_been(tmp_path, capsys):
     variants = {"a": 0.0, "b": 0.5, "c": 0.2}
     whole = new_comparison()
     made = run_all(whole, variants)
     assert len(made) == 6
-    capsys.readouterr()
-    with pytest.raises(KeyboardInterrupt):
-        run_all(new_comparison(save=tmp_path / "name"), variants, stop_at=stop_at)
-    output = capsys.readouterr().out
-    assert f"Interrupted. Finished runs: {stop_at}" in output
-    assert Result.load(tmp_path / "name.json").interrupted
-    keras.utils.clear_session()
-    rest = new_comparison(save=tmp_path / "name")
-    assert run_all(rest, variants) == made[stop_at:]
-    assert figures(rest.result) == figures(whole.result) == figures(Result.load(tmp_path / "name.json"))
-    assert f"{stop_at} finished runs taken from" in capsys.readouterr().out
+    for finished in range(1, 6):
+        capsys.readouterr()
+        with pytest.raises(KeyboardInterrupt):
+            run_all(new_comparison(save=tmp_path / "name"), variants, stop_at=1)
+        output = capsys.readouterr().out
+        assert f"Interrupted. Finished runs: {finished}" in output
+        assert (f"{finished - 1} finished runs taken from" in output) == (finished > 1)
+        assert Result.load(tmp_path / "name.json").interrupted
+        keras.utils.clear_session()
+        if finished == 2:
+            shutil.copytree(tmp_path, tmp_path / "copy")
+    # Once it goes on to the end from the middle of the first seed, and once from before the last run.
+    for folder, finished in ((tmp_path / "copy", 2), (tmp_path, 5)):
+        capsys.readouterr()
+        rest = new_comparison(save=folder / "name")
+        assert run_all(rest, variants) == made[finished:]
+        assert figures(rest.result) == figures(whole.result) == figures(Result.load(folder / "name.json"))
+        assert f"{finished} finished runs taken from" in capsys.readouterr().out
     assert run_all(new_comparison(save=tmp_path / "name"), variants) == []
     assert run_all(new_comparison(save=tmp_path / "name"), variants, seeds=3) == [(name, 2) for name in "abc"]
 
@@ -739,6 +746,14 @@ def test_start_that_is_not_known_any_more_is_not_made_up(tmp_path):
         fit(build_model(), comparison.run("b", 0))
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with a finished comparison under the name `name`."""
+    folder = tmp_path_factory.mktemp("saved")
+    run_all(new_comparison(settings={"epochs": 2}, save=folder / "name"))
+    return folder
+
+
 @pytest.mark.parametrize(
     "difference, words",
     [
@@ -749,9 +764,9 @@ def test_start_that_is_not_known_any_more_is_not_made_up(tmp_path):
         ({"baseline": "b"}, "baseline: 'a' and 'b'"),
     ],
 )
-def test_other_experiment_under_a_name_in_use_is_refused_before_training(difference, words, tmp_path):
+def test_other_experiment_under_a_name_in_use_is_refused_before_training(difference, words, saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     common = {"settings": {"epochs": 2}, "save": tmp_path / "name"}
-    run_all(new_comparison(**common))
     old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(
         ValueError, match=f"holds another experiment, which differs in {words}.*Save under another name"
@@ -810,7 +825,7 @@ def test_search_that_failed_keeps_the_rates_that_were_finished(tmp_path):
     with pytest.raises(ZeroDivisionError), comparison:
         for _, rate, run in comparison.search({"a": 0.1}, [0.01, 0.1, 1.0], seeds=1):
             model = keras.Sequential([keras.Input((4,)), layers.Dense(1, "sigmoid")])
-            model.compile(keras.optimizers.SGD(rate), "binary_crossentropy", metrics=["accuracy"])
+            model.compile(keras.optimizers.SGD(rate), "binary_crossentropy", metrics=["accuracy"], run_eagerly=True)
             fit(model, run)
             1 / (rate < 1)
     rates = []
@@ -955,29 +970,30 @@ with Comparison(metric="accuracy", save=sys.argv[1]) as comparison:
         for variant in "ab":
             if not comparison.finished(variant, seed):
                 comparison.add(variant, seed, {"accuracy": 0.5 + seed})
-                if len(sys.argv) > 2 and seed == 1:
-                    Path(sys.argv[2]).touch()
+                if sys.argv[2:] == [f"{variant}{seed}"]:
+                    Path(sys.argv[1]).with_name("started").touch()
                     time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_comparison_has_lost_nothing_and_goes_on(number, tmp_path):
+def test_killed_comparison_has_lost_nothing_and_goes_on(tmp_path):
     (tmp_path / "endless.py").write_text(ENDLESS)
-    (tmp_path / "results").mkdir()
-    command = [sys.executable, tmp_path / "endless.py", tmp_path / "results" / "name"]
+    path, started = tmp_path / "name", tmp_path / "started"
+    command = [sys.executable, tmp_path / "endless.py", path]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([*command, tmp_path / "started"], env=environment)
-    while not (tmp_path / "started").exists() and process.poll() is None:
-        time.sleep(0.1)
-    process.send_signal(number)
-    assert process.wait() == -number
-    assert [path.name for path in (tmp_path / "results").iterdir()] == ["name.json"]
-    result = Result.load(tmp_path / "results" / "name.json")
-    assert (len(result.runs), result.interrupted) == (3, True)
+    for number, sleeps_after, finished in ((signal.SIGKILL, "a1", 3), (signal.SIGTERM, "b1", 4)):
+        process = subprocess.Popen([*command, sleeps_after], env=environment)
+        while not started.exists() and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait() == -number
+        started.unlink()
+        assert {file.name for file in tmp_path.iterdir()} == {"endless.py", "name.json"}
+        result = Result.load(tmp_path / "name.json")
+        assert (len(result.runs), result.interrupted) == (finished, True)
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    assert "3 finished runs taken from" in output
-    result = Result.load(tmp_path / "results" / "name.json")
+    assert "4 finished runs taken from" in output
+    result = Result.load(tmp_path / "name.json")
     assert (len(result.runs), result.interrupted) == (6, False)
 
 
@@ -1023,18 +1039,6 @@ def test_plot_returns_the_figure_and_saves_it(tmp_path):
     assert (tmp_path / "name.png").read_bytes().startswith(b"\x89PNG")
     comparison.save(tmp_path / "other.svg")
     assert {path.name for path in tmp_path.iterdir()} == {"name.png", "other.json", "other.svg"}
-
-
-def test_folder_copied_alone_runs(tmp_path):
-    import shutil
-
-    shutil.copytree(ROOT / "callbacks" / "comparison", tmp_path / "comparison")
-    (tmp_path / "script.py").write_text("from comparison import Comparison, Result\nprint(Comparison.__module__)")
-    environment = os.environ | {"PYTHONPATH": ""}
-    process = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert process.stdout == "comparison.experiment\n", process.stderr
 
 
 def test_comparison_is_what_callbacks_exports():
