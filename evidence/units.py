@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 
 from callbacks.comparison.result import Result, write_whole
-from evidence.recipes import digest
+from evidence.recipes import ROOT, digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,8 @@ def run_all(units, executor, run, note):
                     if kills[unit] < 3:
                         pending[executor.submit(run, unit)] = unit
                     else:
-                        note(unit, None, MemoryError("its process was killed three times: is there memory enough?"))
+                        told = "its process was killed three times: is there memory? See evidence/.units/stderr.log"
+                        note(unit, None, MemoryError(told))
                 except concurrent.futures.CancelledError:
                     # Nobody here cancels any.
                     raise ConnectionError(
@@ -185,6 +186,10 @@ def run_in_new_process(unit, threads=1):
 
 def _begin_process(threads):
     os.environ["EVIDENCE_THREADS"] = str(threads)
+    # What backends say of themselves would bury the progress. Exceptions reach the caller in another way.
+    log = ROOT / "evidence" / ".units" / "stderr.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
 
     def end_with_parent():
         multiprocessing.parent_process().join()

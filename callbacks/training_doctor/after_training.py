@@ -56,8 +56,9 @@ def _ended_above(signs, limits):
     scale = limits["rise"] - 1
     last, first = signs["last"], signs["first"]
     if "probe_rise" in signs:
-        start = signs["untrained"]
-        rose = signs["probe_rise"] > max(scale * abs(start), limits["noise"] * signs["probe_rise_error"])
+        # Where nearly all has been learned, a rise of a tenth is nothing.
+        start = max(abs(signs["untrained"]), 0.1 * signs.get("constant", 0.0))
+        rose = signs["probe_rise"] > max(scale * start, limits["noise"] * signs["probe_rise_error"])
         # What a model forgets of a probe that it is not trained on is overfitting.
         return rose and last > first - max(0.05 * abs(first), limits["noise"] * signs["noise"])
     if signs["epochs"] > 1 and last - first > max(scale * abs(first), limits["noise"] * signs["noise"]):

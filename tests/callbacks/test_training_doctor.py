@@ -717,6 +717,13 @@ def test_layer_that_does_not_change_is_told():
     assert told({"still_layers": ["a", "b", "c"]}) == []
 
 
+def test_rise_of_a_loss_that_had_been_learned_is_nothing_beside_what_there_was_to_learn():
+    risen = {"untrained": 0.0017, "probe_rise": 0.0002, "probe_rise_error": 0.00004, "probe": 0.0019}
+    risen |= {"first": 0.024, "last": 0.024, "constant": 0.63}
+    assert "rate too high" not in dict(told(risen))
+    assert dict(told(risen | {"probe_rise": 0.02, "probe": 0.0217}))["rate too high"] == FAULT
+
+
 def test_rate_that_fell_makes_no_plateau_and_chance_no_underfitting():
     assert told(FLAT | {"rate_fell": True}) == []
     stuck = {"last": 1.0, "best": 1.0, "probe": 1.0, "fall_from": 1.0}
