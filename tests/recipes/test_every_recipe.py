@@ -42,9 +42,12 @@ same_on_all_backends = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def observed(recipe):
-    """Two calls of the recipe's main, the second with one seed and other test data: [(comparison, events)] * 2."""
+    """Two calls of the recipe's main, the second with one of the seeds and other test data: [(comparison, events)] * 2.
+
+    The seed that is repeated is not the first one, so that it would show if a run depended on those before it.
+    """
     with without_optimization():
-        both = [observe(recipe, seeds=2), observe(recipe, seeds=1, replace_test_data=True)]
+        both = [observe(recipe, seeds=[0, 7]), observe(recipe, seeds=[7], replace_test_data=True)]
     forget_programs()
     return both
 
@@ -166,12 +169,27 @@ def test_test_data_is_used_once_after_training(observed):
 
 def test_test_data_changes_nothing_but_test_figures_and_a_seed_repeats(observed):
     runs = [{(run["variant"], run["seed"]): run for run in comparison.result.runs} for comparison, _ in observed]
+    assert list(runs[1]) == [(variant, seed) for variant, seed in runs[0] if seed == 7]
     pairs = [(runs[0][key], runs[1][key]) for key in runs[1]]
     for first, second in pairs:
-        np.testing.assert_equal(first["curve"], second["curve"])
+        # Without the names, which may be those of layers: they are numbered on from seed to seed.
+        np.testing.assert_equal(list(first["curve"].values()), list(second["curve"].values()))
         for split in set(first["metrics"]) - {"test"}:
             np.testing.assert_equal(first["metrics"][split], second["metrics"][split])
     assert any(first["metrics"]["test"] != second["metrics"]["test"] for first, second in pairs)
+
+
+@same_on_all_backends
+def test_headline_is_a_literal_that_names_a_variant_and_perhaps_a_figure_of_it(recipe, observed):
+    statements = ast.parse(recipe.read_text(encoding="utf-8")).body
+    assigned = {node.targets[0].id: node.value for node in statements if isinstance(node, ast.Assign)}
+    headline = ast.literal_eval(assigned["HEADLINE"])
+    variant, *figures = [headline] if isinstance(headline, str) else headline
+    names = list(load_module(recipe).VARIANTS)
+    assert variant in names[1:], "the baseline answers nothing"
+    added = {entry["name"] for entry in observed[0][0].result.figures if entry["variant"] == variant}
+    assert len(figures) <= 1
+    assert added.issuperset(figures)
 
 
 @same_on_all_backends

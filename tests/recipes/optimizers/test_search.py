@@ -72,6 +72,18 @@ def test_it_trains_every_variant_at_every_rate_and_the_comparison_takes_the_best
     assert row[len(first) :] == ["50.0"] * 5 + ["70.0", "80.0"] + ["50.0"] * 3 + ["0.03"]
 
 
+def test_it_takes_a_list_of_seeds_too(recipe, monkeypatch):
+    seen = []
+
+    def train_model(variant, rate, seed):
+        seen.append(seed)
+        return types.SimpleNamespace(history={"val_accuracy": [0.5]})
+
+    monkeypatch.setattr(recipe, "train_model", train_model)
+    recipe.search_rates([3, 7])
+    assert seen == [3, 7] * len(recipe.VARIANTS) * len(recipe.GRID)
+
+
 def test_without_it_the_stored_rates_are_used(recipe, fits, images, monkeypatch):
     monkeypatch.setattr(recipe, "load", lambda *arguments: images)
     comparison = recipe.main()
