@@ -197,10 +197,10 @@ def test_section_shows_the_lines_the_tables_and_what_they_mean(root):
     assert "**Change:** one line:\n\n```python\nx = layers.ReLU()(x)\n\ny = x\n```\n\nand no more.\n" in text
     assert "![Quick start: " in text and "](../../evidence/schedules/quick_start.svg)" in text
     assert "| variant | test, % | difference, points | verdict |" in text
-    assert "| variant | gap, points | time |\n| --- | --- | --- |\n| off | +5.0 | – |" in text
+    assert "| variant | gap, points | time |\n| --- | --- | --- |\n| off | +5.0 | 1 |" in text
     decisive, rest = [[line for line in text.splitlines() if line.startswith("| half |")][place] for place in (0, 1)]
     assert decisive == f"| half | {100 * np.mean(OFF):.1f} | +0.00 ± 0.01 | the same |"
-    assert rest == "| half | +5.0 | 2.5 × |"
+    assert rest == "| half | +5.0 | 2.50 (2.50–2.50) |"
     difference = interval_in_points(ON - OFF, comparisons=3)
     assert f"| on | {100 * np.mean(ON):.1f} | {difference} | better |" in text
     assert (
