@@ -64,8 +64,13 @@ def test_licence_stands_beside_the_data():
 
 @pytest.fixture
 def builder_module():
+    forget_builders()
     yield load_module(ROOT / "data" / "fashion_mnist.py")
-    # The classes registered themselves with TFDS when they were defined; the next import would do so again.
+    forget_builders()
+
+
+def forget_builders():
+    """Undo what the classes do when they are defined: register with TFDS, which they could not do a second time."""
     for name in ("fashion_mnist_full", "fashion_mnist_10k"):
         tfds.core.registered._DATASET_REGISTRY.pop(name, None)
 

@@ -537,7 +537,7 @@ def test_time_of_an_epoch_is_that_of_its_steps_and_callbacks_without_validation_
     monkeypatch.setattr("callbacks.comparison.experiment.time", types.SimpleNamespace(perf_counter=lambda: now[0]))
 
     def spend(seconds):
-        return lambda *_: now.__setitem__(0, now[0] + seconds)
+        return lambda *_, **__: now.__setitem__(0, now[0] + seconds)
 
     class Data(keras.utils.PyDataset):
         """Two batches; it waits when an epoch has ended, as TensorFlow's iterators do."""
