@@ -106,7 +106,7 @@ def main(
         dataset: name of a labelled image set of TensorFlow Datasets.
         data_dir: folder with the prepared data set.
         epochs: passes over the training data.
-        seeds: number of paired repetitions; from 2 on there are intervals and verdicts, 5 are worth reporting.
+        seeds: number of paired repetitions; from 5 on there are verdicts, 10 are worth reporting.
         limit: use only this many images of each split.
         save: NAME, to write the result to NAME.json and the picture to NAME.svg.
         activation: activation function of the hidden layers.
