@@ -276,18 +276,21 @@ def _measured_parts(recipe, path):
     result, name = recipe.results[path], recipe.card["Name"]
     if result.grid is not None:
         tables, meaning = [_table(search_table(result))], _meaning_of_search(result)
+        explained = []
         alternative = f"{name}: {result.split} {result.metric} by learning rate"
     else:
         rows = recipe.summaries[path]
         decisive, rest = _columns(result, rows)
         tables = [_table(decisive), *_tables({"variant": decisive["variant"]} | rest)]
         meaning = _meaning(result, rows, recipe.headline if path == recipe.default else None)
+        explained = [f"{escape_markdown(name)}: {escape_markdown(words)}." for name, words in result.columns.items()]
         alternative = f"{name}: curves of each variant, and differences in {result.split} {result.metric}"
     return [
         f"![{alternative}](../../evidence/{recipe.theme}/{path.stem}.svg)",
         tables[0],
         " ".join(meaning),
         *tables[1:],
+        *([" ".join(explained)] if explained else []),
         _made_by(recipe, path),
     ]
 

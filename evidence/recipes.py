@@ -23,11 +23,8 @@ THEMES = [
     "combined",
 ]
 
-# What is measured of a recipe beside its default run: the name of the result, and the flags that make it.
-FURTHER = {
-    "bag_of_tricks": {"ablation": ["--ablate"], "full": ["--dataset", "fashion_mnist_full"]},
-    "dropout": {"search": ["--search"]},
-}
+# What is measured of a recipe beside its default run and its search: the result's name, and the flags that make it.
+FURTHER = {"bag_of_tricks": {"ablation": ["--ablate"], "full": ["--dataset", "fashion_mnist_full"]}}
 
 # Seeds of a result, and of a search, which compares every rate of a grid, for which fewer do.
 SEEDS, SEARCH_SEEDS = 5, 3
@@ -123,6 +120,8 @@ def measurements(recipe):
     """Return {path of the JSON file that holds a result: the flags that make it}, with the default run's first."""
     path = result_path(recipe)
     further = FURTHER.get(recipe.stem, {})
+    if "comparison.search(" in recipe.read_text(encoding="utf-8"):
+        further = {"search": ["--search"]} | further
     return {path: []} | {path.with_name(f"{path.stem}.{name}.json"): flags for name, flags in further.items()}
 
 

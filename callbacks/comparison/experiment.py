@@ -72,6 +72,7 @@ class Comparison:
         evaluate_batch_size: batch size of `evaluate` for arrays, a positive integer; None for that of `fit`.
         runs: planned number of runs, for the progress line, where the loop is not that of `runs`.
         settings: dict of what a reader must know to repeat the comparison; shown below the table and saved.
+        columns: dict from the name of a figure that `add_figure` adds to what it is, in words; shown below the table.
         save: `NAME`, to write `NAME.json`, which grows with every run, and the picture `NAME.svg` at the end;
             `NAME.json` for the first alone.
 
@@ -97,6 +98,7 @@ class Comparison:
         evaluate_batch_size=None,
         runs=None,
         settings=None,
+        columns=None,
         save=None,
     ):
         if margin is not None and not 0 <= margin < np.inf:
@@ -114,6 +116,7 @@ class Comparison:
             same_start=same_start,
             pretrained=pretrained,
             settings=dict(settings or {}),
+            columns=dict(columns or {}),
             data={split: describe_data(split, data) for split, data in self._data.items()},
             environment=environment(),
             code=_code_digest(sys._getframe(1).f_code.co_filename),

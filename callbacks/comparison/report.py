@@ -191,7 +191,9 @@ def _notes_of_comparison(result):
         quartiles = ", median (quartiles) over seeds" if seeds > 1 else ""
         same = f"same: within {100 * SAME_TIME:.0f} % of it"
         found.append(f"time: per epoch, relative to the baseline{quartiles}; {same}.")
-    if seeds > 1 and (names := _figure_names(rows)):
+    names = _figure_names(rows)
+    found += [f"{name}: {result.columns[name]}." for name in names if name in result.columns]
+    if seeds > 1 and names:
         found.append(f"{', '.join(names)}: median over seeds.")
     return found
 

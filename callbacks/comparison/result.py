@@ -54,6 +54,7 @@ class Result:
         margin: smallest difference that matters, or None.
         same_start, pretrained: whether the variants of a seed start equal, and whether from trained weights.
         settings: dict of what a reader must know to repeat the experiment.
+        columns: dict from the name of a figure of its own to the sentence that explains it.
         variants: dict from a variant's name to its value, as text.
         grid: list of the rates of a search, or None for a comparison.
         data: dict from a split to what it holds: numbers of examples, shapes, number of classes.
@@ -78,6 +79,7 @@ class Result:
     same_start: bool = True
     pretrained: bool = False
     settings: dict = dataclasses.field(default_factory=dict)
+    columns: dict = dataclasses.field(default_factory=dict)
     variants: dict = dataclasses.field(default_factory=dict)
     grid: list | None = None
     data: dict = dataclasses.field(default_factory=dict)

@@ -27,6 +27,7 @@ from typing import Literal
 
 import cyclopts
 import keras
+import numpy as np
 import tensorflow_datasets as tfds
 from cyclopts.types import PositiveInt
 from keras import layers
@@ -60,11 +61,13 @@ def load(dataset, data_dir, limit):
             raise FileNotFoundError(f"there is no folder {data_dir}")
         split = ["train[:80%]", "train[80%:]", "test"]
         splits, info = tfds.load(
-            dataset, split=split, data_dir=data_dir, as_supervised=True, with_info=True, download=False
+            dataset, split=split, data_dir=data_dir, batch_size=-1, as_supervised=True, with_info=True, download=False
         )
-        arrays = [next(iter(tfds.as_numpy(split.take(limit or -1).batch(len(split))))) for split in splits]
-        scaled = [((images / 255).astype("float32"), labels) for images, labels in arrays]
-        return *scaled, info.features[info.supervised_keys[1]].num_classes
+        arrays = []
+        for images, labels in tfds.as_numpy(splits):
+            largest = np.iinfo(images.dtype).max if images.dtype.kind == "u" else 1  # floats are taken as they are
+            arrays.append((images[:limit].astype("float32") / largest, labels[:limit]))
+        return *arrays, info.features[info.supervised_keys[1]].num_classes
     except Exception as error:
         cause = str(error).strip().partition("\n")[0].rstrip(".")
         error.add_note(
