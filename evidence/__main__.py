@@ -71,7 +71,7 @@ def main(
             units.forget(ROOT, path)
         write_whole(forced_path, "\n".join(sorted(forced)))
     stale = {
-        path: "forced" if path.stem in forced else why_stale(recipe, path, seeds_for(flags, seeds))
+        path: "forced" if path.stem in forced else why_stale(recipe, path, flags, seeds_for(flags, seeds))
         for path, (recipe, flags) in results.items()
     }
     stale = {path: reason for path, reason in stale.items() if reason}
@@ -85,8 +85,8 @@ def main(
         del stale[path]
 
     def finish(path, made_of):
-        recipe, _ = results[path]
-        units.merge(ROOT, recipe, path, made_of, begin_anew=path.stem in forced)
+        recipe, flags = results[path]
+        units.merge(ROOT, recipe, path, flags, made_of, begin_anew=path.stem in forced)
         forced.discard(path.stem)
         if forced:
             write_whole(forced_path, "\n".join(sorted(forced)))

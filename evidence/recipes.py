@@ -130,24 +130,26 @@ def seeds_for(flags, seeds):
     return min(seeds, SEARCH_SEEDS) if "--search" in flags else seeds
 
 
-def digest(recipe):
+def digest(recipe, flags=()):
     """Return a digest of the code that a recipe's result depends on: its own, and that of the callbacks it imports.
 
     Comments, docstrings and formatting are left out, and so is `callbacks/comparison`, which measures but does not
-    train. The digest is the same for every version of Python that runs the recipes.
+    train; of a search the rates in `VARIANTS`, too, which are what it finds. The digest is the same for every version
+    of Python that runs the recipes.
     """
-    files = [recipe, *_imported_callbacks(recipe)]
-    return hashlib.sha256("\n".join(_code(file.read_text(encoding="utf-8")) for file in files).encode()).hexdigest()
+    codes = [_code(recipe.read_text(encoding="utf-8"), "--search" in flags)]
+    codes += [_code(file.read_text(encoding="utf-8")) for file in _imported_callbacks(recipe)]
+    return hashlib.sha256("\n".join(codes).encode()).hexdigest()
 
 
-def why_stale(recipe, path, seeds):
-    """Return in words why the result at `path` must be measured again for `seeds` seeds, or None if it need not be."""
+def why_stale(recipe, path, flags, seeds):
+    """Return in words why the result at `path`, made with flags, must be measured again for `seeds` seeds, or None."""
     if not path.exists():
         return "it has no result"
     if not path.with_suffix(".svg").exists():
         return "its picture is missing"
     result = json.loads(path.read_text(encoding="utf-8"))
-    if result["digest"] != digest(recipe):
+    if result["digest"] != digest(recipe, flags):
         return "its code has changed since it was measured"
     measured = len({run["seed"] for run in result["runs"]})
     if measured < seeds:
@@ -191,17 +193,24 @@ def _imports_from_callbacks(file):
 
 
 @functools.cache
-def _code(text):
+def _code(text, is_search=False):
     """Return the syntax tree of a Python file's text, without docstrings, as the text of nested lists.
 
     `ast.dump` and `ast.unparse` would do, if their output did not differ between versions of Python.
     """
+
+    def reduce_variant(value):
+        # A rate, or a tuple that ends in one.
+        return reduce(value.elts[:-1]) if isinstance(value, ast.Tuple) else []
 
     def reduce(node):
         if isinstance(node, list):
             return [reduce(item) for item in node]
         if not isinstance(node, ast.AST):
             return repr(node)
+        is_variants = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "VARIANTS"
+        if is_search and is_variants and isinstance(node.value, ast.Dict):
+            return [reduce(node.value.keys), [reduce_variant(value) for value in node.value.values]]
         fields = dict(ast.iter_fields(node))
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             fields["body"] = node.body[ast.get_docstring(node) is not None :]

@@ -69,7 +69,7 @@ def run(unit, root=None):
 def check_is_same(unit, root=ROOT):
     """Refuse a unit of other code or other versions than this machine's."""
     recipe = root / unit.recipe
-    mine = {"digest": digest(recipe) if recipe.exists() else "no such recipe", **versions()}
+    mine = {"digest": digest(recipe, unit.flags) if recipe.exists() else "no such recipe", **versions()}
     others = {"digest": unit.digest, **dict(unit.versions)}
     differing = [name for name in mine if mine[name] != others[name]]
     if differing:

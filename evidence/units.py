@@ -75,12 +75,12 @@ def versions():
     }
 
 
-def finished_seeds(root, recipe, path, begin_anew=False):
+def finished_seeds(recipe, path, flags, begin_anew=False):
     """Return the stored result at `path` if new seeds can be added to it, else None."""
     if begin_anew or not path.exists():
         return None
     stored = Result.load(path)
-    is_of_this = stored.digest == digest(recipe) and versions().items() <= stored.environment.items()
+    is_of_this = stored.digest == digest(recipe, flags) and versions().items() <= stored.environment.items()
     # The first files did not say what data they were of.
     says_data = "data" in json.loads(path.read_text(encoding="utf-8"))
     return stored if is_of_this and says_data else None
@@ -88,14 +88,14 @@ def finished_seeds(root, recipe, path, begin_anew=False):
 
 def units_of(root, recipe, path, flags, seeds, begin_anew=False):
     """Return the units that the result at `path` lacks for so many seeds, those with a file of their own among them."""
-    stored = finished_seeds(root, recipe, path, begin_anew)
+    stored = finished_seeds(recipe, path, flags, begin_anew)
     known = {run["seed"] for run in stored.runs} if stored else set()
     recipe_and_result = str(recipe.relative_to(root)), tuple(flags), str(path.relative_to(root))
-    code, software = digest(recipe), tuple(versions().items())
+    code, software = digest(recipe, flags), tuple(versions().items())
     return [Unit(*recipe_and_result, seed, code, software) for seed in range(seeds) if seed not in known]
 
 
-def merge(root, recipe, path, units, begin_anew=False):
+def merge(root, recipe, path, flags, units, begin_anew=False):
     """Make the result at `path` of its finished units and what it held: the picture first, then the JSON.
 
     Raises:
@@ -104,7 +104,7 @@ def merge(root, recipe, path, units, begin_anew=False):
     # Only here, because drawing takes a second to import.
     from callbacks.comparison.picture import draw
 
-    stored = finished_seeds(root, recipe, path, begin_anew)
+    stored = finished_seeds(recipe, path, flags, begin_anew)
     parts = [Result.load(unit.path(root)) for unit in units]
     for part in filter(None, [stored, *parts]):
         # It counts docstrings, which the digest does not.

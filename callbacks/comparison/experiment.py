@@ -277,7 +277,7 @@ class Comparison:
             entry = {"variant": str(variant), "seed": int(seed), "name": str(name), "value": float(value)}
             self._add_entry(self.result.figures, entry)
 
-    def add_signal(self, variant, seed, name, values, by="layer", scale="linear", at=None):
+    def add_signal(self, variant, seed, name, values, by="layer", scale="linear", at=None, at_scale="linear"):
         """Add a line to the picture whose x-axis is not the epoch: a signal of one run by layer, by step, …
 
         Args:
@@ -287,13 +287,15 @@ class Comparison:
             by: what the values are counted by, the title of the x-axis.
             scale: "linear" or "log", of the y-axis.
             at: where the values lie on the x-axis: a list of as many numbers or texts; None for 1, 2, 3, …
+            at_scale: "linear" or "log", of the x-axis.
 
         Raises:
-            ValueError: the run has a signal of this name already, `scale` is neither of the two, or `at` has not as
+            ValueError: the run has a signal of this name already, a scale is neither of the two, or `at` has not as
                 many places as there are values.
         """
-        if scale not in ("linear", "log"):
-            raise ValueError(f'scale must be "linear" or "log", not {scale!r}.')
+        for name_of_scale, given in (("scale", scale), ("at_scale", at_scale)):
+            if given not in ("linear", "log"):
+                raise ValueError(f'{name_of_scale} must be "linear" or "log", not {given!r}.')
         if at is not None and len(at) != len(values):
             raise ValueError(f"at must have a place for each of the {len(values)} values, not {len(at)} places.")
         if self.result.grid is not None:
@@ -303,6 +305,8 @@ class Comparison:
         entry["values"] = values
         if at is not None:
             entry["at"] = [place if isinstance(place, str) else float(place) for place in at]
+        if at_scale != "linear":
+            entry["at_scale"] = at_scale
         self._add_entry(self.result.signals, entry)
 
     def summary(self):
@@ -422,7 +426,11 @@ class Comparison:
         if not isinstance(variants, dict) or not variants:
             raise ValueError(f"variants must be a dict from a name to a value, with at least one, not {variants!r}.")
         names = {self._name_of(variant): variant for variant in variants}
-        self.result.variants = {name: _stable_text(variants[variant]) for name, variant in names.items()}
+        values = {name: variants[variant] for name, variant in names.items()}
+        if grid is not None:
+            # Without the rate, in whose place are those of the grid.
+            values = {name: value[:-1] if isinstance(value, tuple) else () for name, value in values.items()}
+        self.result.variants = {name: _stable_text(value) for name, value in values.items()}
         if self._saved and (lacking := self._saved.variants.keys() - names.keys()):
             raise ValueError(
                 f"{str(self._json)!r} holds runs of {sorted(lacking)} too, which this call lacks. Save under another "

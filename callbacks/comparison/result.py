@@ -33,7 +33,7 @@ VERSIONS = ("python", "keras", "backend")
 NO_VERDICT = "no verdict"
 REPEATED = "no verdict: seeds repeat each other"
 
-TEXTS = ("variant", "name", "by", "scale", "at")
+TEXTS = ("variant", "name", "by", "scale", "at", "at_scale")
 
 
 @dataclasses.dataclass
@@ -67,7 +67,8 @@ class Result:
             `epochs` (by name, where not every epoch has a value), `epoch_seconds` (of steps and callbacks, without
             validation) and, in a search, `rate`.
         figures: list of dicts with `variant`, `seed`, `name` and `value`.
-        signals: list of dicts with `variant`, `seed`, `name`, `by`, `scale`, `values` and, if not 1, 2, …, `at`.
+        signals: list of dicts with `variant`, `seed`, `name`, `by`, `scale`, `values` and, if not 1, 2, …, `at`, which
+            may have its `at_scale`.
         start: dict with `seed` and `weights` (text) of an unfinished seed, for those who go on with it, or None.
     """
 

@@ -226,6 +226,14 @@ def test_further_result_of_a_recipe_has_its_flags_and_every_verdict(root, monkey
     assert "python recipes/schedules/quick_start.py --gain 2 --seeds 10" in text
 
 
+def test_columns_of_ones_own_are_explained_below_their_tables(root):
+    add_recipe(root)
+    more = [(variant, seed, "spread", 0.5) for variant in ("off", "on") for seed in range(10)]
+    add_result(root, {"off": OFF, "on": ON}, more=more, columns={"spread": "how far *it* goes"})
+    text = page(root, "recipes/schedules/README.md")
+    assert text.index("| spread |") < text.index("\n\nspread: how far \\*it\\* goes.\n\n")
+
+
 def test_what_a_card_says_to_look_for_is_left_out_as_long_as_it_holds_measured_figures(root):
     path = add_recipe(root)
     path.write_text(path.read_text().replace("Look for: it begins.", "Look for: it gains 1.4 ± 0.9 points."))

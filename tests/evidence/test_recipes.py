@@ -10,6 +10,7 @@ from evidence.recipes import (
     digest,
     find_recipes,
     measured_figures,
+    measurements,
     read_card,
     read_headline,
     result_path,
@@ -129,6 +130,34 @@ def test_digest_is_the_same_for_every_python(recipe):
     assert digest(recipe) == "4a0caed34ac83888c7fa3ce2bc3bc1eff982a74bd6af639551fb8704d61c61f7"
 
 
+@pytest.mark.parametrize(
+    "new, counts",
+    [
+        ('{"a": ("x", 0.3), "b": 0.1}', False),
+        ('{"a": ("x", 0.1), "b": 0.3}', False),
+        ('{"a": ("y", 0.1), "b": 0.1}', True),
+        ('{"a": ("x", 0.1), "c": 0.1}', True),
+        ('{"a": ("x", 0.1)}', True),
+        ('{"a": ("x", 0.1), "b": 0.1}\nOTHER = 0.1', True),
+    ],
+)
+def test_digest_of_a_search_leaves_out_the_rates_that_it_finds(recipe, new, counts):
+    variants = '{"a": ("x", 0.1), "b": 0.1}'
+    digests = []
+    for text in (variants, new):
+        recipe.write_text(RECIPE.replace("RATE = 0.5", f"RATE = 0.5\nVARIANTS = {text}"))
+        digests.append((digest(recipe), digest(recipe, ["--search"])))
+    assert digests[0][0] != digests[1][0]
+    assert (digests[0][1] != digests[1][1]) == counts
+
+
+def test_recipe_with_a_search_has_its_result(recipe):
+    assert [path.name for path in measurements(recipe)] == ["name.json"]
+    recipe.write_text(RECIPE.replace("RATE = 0.5", "RATE = 0.5  # comparison.search(VARIANTS, GRID)"))
+    path = recipe.parent.parent.parent / "evidence" / "numerics" / "name.search.json"
+    assert measurements(recipe)[path] == ["--search"]
+
+
 def test_digest_covers_the_callbacks_that_a_recipe_imports(tmp_path):
     for folder in ("callbacks", "recipes/numerics"):
         (tmp_path / folder).mkdir(parents=True)
@@ -162,15 +191,15 @@ def test_digest_covers_the_callbacks_that_a_recipe_imports(tmp_path):
 def test_staleness_is_explained(recipe):
     path = result_path(recipe)
     assert path == recipe.parent.parent.parent / "evidence" / "numerics" / "name.json"
-    assert why_stale(recipe, path, seeds=2) == "it has no result"
+    assert why_stale(recipe, path, [], seeds=2) == "it has no result"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"digest": digest(recipe), "runs": [{"seed": 0}, {"seed": 1}, {"seed": 1}]}))
-    assert why_stale(recipe, path, seeds=2) == "its picture is missing"
+    assert why_stale(recipe, path, [], seeds=2) == "its picture is missing"
     path.with_suffix(".svg").touch()
-    assert why_stale(recipe, path, seeds=2) is None
-    assert why_stale(recipe, path, seeds=3) == "its result has 2 seeds, not 3"
+    assert why_stale(recipe, path, [], seeds=2) is None
+    assert why_stale(recipe, path, [], seeds=3) == "its result has 2 seeds, not 3"
     changed(recipe, "0.5", "0.6")
-    assert why_stale(recipe, path, seeds=2) == "its code has changed since it was measured"
+    assert why_stale(recipe, path, [], seeds=2) == "its code has changed since it was measured"
 
 
 @pytest.mark.parametrize(

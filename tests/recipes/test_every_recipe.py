@@ -307,7 +307,7 @@ def test_card_is_complete(recipe):
 @same_on_all_backends
 def test_result_is_fresh(recipe):
     for path, flags in measurements(recipe).items():
-        reason = why_stale(recipe, path, seeds=seeds_for(flags, 5))
+        reason = why_stale(recipe, path, flags, seeds=seeds_for(flags, 5))
         assert reason is None, f"{reason}; `python -m evidence {recipe.stem}` measures it and makes the pages"
 
 

@@ -202,6 +202,9 @@ def test_search_is_saved_and_goes_on(tmp_path):
     assert second.result.search_summary() == whole.result.search_summary()
     # Nobody goes on from the start of a seed that is complete.
     assert Result.load(tmp_path / "name.json").start is None
+    # The variant's own rate is none of the search's.
+    search(new_comparison(validation=VALIDATION, save=tmp_path / "name"), {"a": 1.0}, [0.01, 1.0], rates, seeds=2)
+    assert len(rates) == 2
     with pytest.raises(ValueError, match="grid: "):
         run_all(new_comparison(validation=VALIDATION, save=tmp_path / "name"))
 
@@ -651,6 +654,8 @@ def test_signals_have_one_scale_one_name_and_as_many_places_as_values():
         comparison.add_signal("a", 0, "loss", [1.0])
     with pytest.raises(ValueError, match='"linear" or "log"'):
         comparison.add_signal("a", 0, "new", [1.0], scale="logarithmic")
+    with pytest.raises(ValueError, match='at_scale must be "linear" or "log"'):
+        comparison.add_signal("a", 0, "new", [1.0], at=[1], at_scale="logarithmic")
     with pytest.raises(ValueError, match="a place for each of the 2 values, not 1"):
         comparison.add_signal("a", 0, "new", [1.0, 2.0], at=[1])
     comparison.add_figure("a", 0, "share clipped", 0.5)

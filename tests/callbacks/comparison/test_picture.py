@@ -64,7 +64,9 @@ def test_signals_lie_where_they_were_measured():
         add_signal(result, "a", seed, "accuracy on test", [0.5, 0.6, 0.7], by="images", at=[500.0, 2000.0, 8000.0])
         add_signal(result, "a", seed, "share", [0.3, 0.7], by="branch", at=["3×3", "1×1"])
         add_signal(result, "a", seed, "deviation", [1.0, 2.0])
-    by_number, by_name, by_count = draw(result).axes
+        add_signal(result, "a", seed, "loss", [1.0, 2.0], by="learning rate", at=[0.001, 1.0], at_scale="log")
+    by_number, by_name, by_count, by_rate = draw(result).axes
+    assert [axes.get_xscale() for axes in (by_number, by_rate)] == ["linear", "log"]
     np.testing.assert_allclose(by_number.lines[0].get_xdata(), [500, 2000, 8000])
     np.testing.assert_allclose(by_name.lines[0].get_ydata(), [0.3, 0.7])
     assert [label.get_text() for label in by_name.get_xticklabels()] == ["3×3", "1×1"]

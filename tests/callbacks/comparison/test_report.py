@@ -171,6 +171,15 @@ def test_figures_are_whole_numbers_or_have_four_digits():
         for seed, value in enumerate(values):
             result.figures.append({"variant": variant, "seed": seed, "name": "epochs to 0.8", "value": value})
     assert table(result)["epochs to 0.8"] == ["3", "0.5000"]
+    assert notes(result)[-1] == "epochs to 0.8: median over seeds."
+
+
+def test_columns_of_ones_own_are_explained_where_they_stand():
+    explained = {"epochs to 0.8": "epochs until it was 0.8", "other": "another figure"}
+    result = new_result({"a": [0.5, 0.6, 0.7], "b": [0.7, 0.8, 0.9]}, columns=explained)
+    result.figures.append({"variant": "a", "seed": 0, "name": "epochs to 0.8", "value": 1})
+    assert notes(result)[-2:] == ["epochs to 0.8: epochs until it was 0.8.", "epochs to 0.8: median over seeds."]
+    assert Result(**vars(result)).columns == explained
 
 
 def test_search_shows_every_rate_and_the_best_one():
