@@ -261,7 +261,7 @@ def _section(recipe):
         f"**Cost:** {_with_fences(card['Cost'])}",
     ]
     # Only as long as it holds no figure that a new measurement would contradict.
-    if not measured_figures(dict.fromkeys(card, "") | {"Look for": card["Look for"]}):
+    if not measured_figures(card["Look for"]):
         parts.append(f"**Look for:** {_with_fences(card['Look for'])}")
     parts += [f"**How it works:** {_with_fences(card['Technique'])}", f"**Source:** {_with_fences(card['Source'])}"]
     for path in further:

@@ -91,17 +91,21 @@ def read_headline(recipe):
     return None, None
 
 
-def measured_figures(card):
-    """Return the phrases of a card that look like measured figures, which belong into results.
+def measured_figures(text):
+    """Return the phrases of prose that look like measured figures, which belong into results.
 
-    A card may name settings ("start with a rate of 0.5") and, under `Source`, the figures of others. What is looked for
-    is how measurements sound: ±, points, seeds, decimals of a percentage or of "times", a figure of three digits or
-    more behind the point, and what an accuracy, a loss or a gap is.
+    Prose may name settings ("start with a rate of 0.5"). What is looked for is how measurements sound: ±, points,
+    seeds, decimals of a percentage or of "times", a figure of three digits or more behind the point, and what an
+    accuracy, a loss or a gap is.
     """
-    texts = [card["Summary"], *(card[label] for label in LABELS if label != "Source")]
-    # Code holds settings, be it indented or between backticks.
-    prose = " ".join(" ".join(re.sub(r"^    .*$|`[^`]*`", " ", text, flags=re.MULTILINE) for text in texts).split())
-    return [match[0] for match in re.finditer("|".join(MEASURED), prose)]
+    # Code holds settings, be it indented, fenced or between backticks.
+    prose = re.sub(r"^```.*?^```|^    .*?$|`[^`]*`", " ", text, flags=re.MULTILINE | re.DOTALL)
+    return [match[0] for match in re.finditer("|".join(MEASURED), " ".join(prose.split()))]
+
+
+def prose_of_card(card):
+    """Return a card's text without its `Source`, which may have figures of its own."""
+    return "\n".join([card["Summary"], *(card[label] for label in LABELS if label != "Source")])
 
 
 @functools.cache

@@ -1,5 +1,9 @@
+import ast
+import io
 import json
+import re
 import shutil
+import tokenize
 
 import pytest
 
@@ -11,6 +15,7 @@ from evidence.recipes import (
     find_recipes,
     measured_figures,
     measurements,
+    prose_of_card,
     read_card,
     read_headline,
     result_path,
@@ -215,10 +220,6 @@ def test_headline_is_read_without_running_the_recipe(line, headline, recipe):
     assert read_headline(recipe) == headline
 
 
-def card(text):
-    return dict.fromkeys(["Summary", *LABELS], "") | {"Look for": text}
-
-
 @pytest.mark.parametrize(
     "text, found",
     [
@@ -236,7 +237,7 @@ def card(text):
     ],
 )
 def test_measured_figures_are_seen(text, found):
-    assert measured_figures(card(text)) == found
+    assert measured_figures(text) == found
 
 
 @pytest.mark.parametrize(
@@ -248,14 +249,16 @@ def test_measured_figures_are_seen(text, found):
         "`keras.losses.Huber(delta=0.125)` has a loss of its own",
         "use it:\n\n    accuracy = 0.446  # five seeds\n\nand so on",
         "the loss starts at about log(classes), one epoch in 32",
+        "an example:\n```python\naccuracy = 0.446  # five seeds\n```\n",
     ],
 )
 def test_settings_are_no_measured_figures(text):
-    assert measured_figures(card(text)) == []
+    assert measured_figures(text) == []
 
 
 def test_a_source_may_have_figures_of_its_own():
-    assert measured_figures(card("") | {"Source": "It reports 93.59 ± 0.16 points."}) == []
+    card = dict.fromkeys(["Summary", *LABELS], "It gains.") | {"Source": "It reports 93.59 ± 0.16 points."}
+    assert measured_figures(prose_of_card(card)) == []
 
 
 # Their figures stand on the pages. This list only ever gets shorter.
@@ -292,11 +295,36 @@ WITH_MEASURED_FIGURES = {
 
 @pytest.mark.parametrize("path", find_recipes(), ids=lambda path: path.stem)
 def test_card_holds_no_measured_figure(path):
-    found = measured_figures(read_card(path))
+    found = measured_figures(prose_of_card(read_card(path)))
     if path.stem in WITH_MEASURED_FIGURES:
         assert found, f"{path.stem} is mended: take it off the list"
     else:
         assert not found, "figures belong into results, and the pages show them"
+
+
+def prose_of_code(path):
+    """Return the comments of a Python file, and its docstrings but that of the module, which is a recipe's card."""
+    text = path.read_text(encoding="utf-8")
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    comments = [token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT]
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    return " ".join(comments + [ast.get_docstring(node) or "" for node in nodes])
+
+
+@pytest.mark.parametrize("path", find_recipes(), ids=lambda path: path.stem)
+def test_comments_hold_no_measured_figure(path):
+    if path.stem not in WITH_MEASURED_FIGURES:
+        assert not measured_figures(prose_of_code(path)), "figures belong into results, and the pages show them"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [ROOT / "README.md", ROOT / "evidence" / "README.md", *sorted((ROOT / "docs").glob("*.md"))],
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
+)
+def test_what_is_written_by_hand_in_markdown_holds_no_measured_figure(path):
+    by_hand = re.sub(r"<!-- (\w+): made .*?<!-- end of \1 -->", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert not measured_figures(by_hand)
 
 
 def test_real_recipe_can_be_read_in_a_copy(tmp_path):
