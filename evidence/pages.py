@@ -275,7 +275,7 @@ def _measured_parts(recipe, path):
         return [NOT_MEASURED.format(recipe.measure)]
     result, name = recipe.results[path], recipe.card["Name"]
     if result.grid is not None:
-        tables, meaning = [_table(search_table(result))], _meaning_of_search(result)
+        tables, meaning = [_table(_columns_of_search(result))], _meaning_of_search(result)
         explained = []
         alternative = f"{name}: {result.split} {result.metric} by learning rate"
     else:
@@ -317,6 +317,25 @@ def _columns(result, rows):
         gaps = [DASH if row["gap"] is None else _signed(scale * row["gap"], scale / 100) for row in rows]
         rest = {title: gaps} | {name: cells for name, cells in rest.items() if name != "gap"}
     return decisive, rest
+
+
+def _columns_of_search(result):
+    """Return the columns of a narrow table: each variant's best rate, the metric there and at the rates beside it."""
+    rows, grid = result.search_summary(), sorted(result.grid)
+
+    def beside(row, places):
+        place = grid.index(row["best"]) + places if row["best"] is not None else -1
+        mean = row["means"][grid[place]] if 0 <= place < len(grid) else None
+        return DASH if mean is None else f"{mean:.3f}"
+
+    found = search_table(result)
+    return {
+        "variant": found["variant"],
+        "best rate": found["best rate"],
+        f"{result.split} {result.metric}": [beside(row, 0) for row in rows],
+        "next lower rate": [beside(row, -1) for row in rows],
+        "next higher rate": [beside(row, 1) for row in rows],
+    }
 
 
 def verdict_in_words(row):
@@ -418,11 +437,9 @@ def _group_clause(kind, rows, result):
 
 
 def _meaning_of_search(result):
-    rows = [row for row in result.search_summary() if row["best"] is not None]
-    best = _enumerated([f"**{_name(row['variant'])}** {row['best']:g}" for row in rows])
-    sentences = [f"The best learning rates, on validation data: {best}."]
-    if edges := [f"**{_name(row['variant'])}**" for row in rows if row["at_edge"]]:
-        sentences.append(f"A better one may lie beyond the grid for {_enumerated(edges)}.")
+    sentences = [f"Means on {result.split} data; {DASH}: diverged, or not in the grid."]
+    if edges := [f"**{_name(row['variant'])}**" for row in result.search_summary() if row["at_edge"]]:
+        sentences.append(f"A better rate may lie beyond the grid for {_enumerated(edges)}.")
     return sentences
 
 

@@ -226,6 +226,23 @@ def test_further_result_of_a_recipe_has_its_flags_and_every_verdict(root, monkey
     assert "python recipes/schedules/quick_start.py --gain 2 --seeds 10" in text
 
 
+def test_search_shows_each_best_rate_and_what_the_rates_beside_it_lose(root, monkeypatch):
+    monkeypatch.setattr(recipes, "FURTHER", {"quick_start": {"search": ["--search"]}})
+    add_recipe(root)
+    add_result(root, {"off": OFF, "on": ON})
+    grid = [1.0, 0.1, 0.01]
+    result = Result("off", "accuracy", "max", split="validation", grid=grid, environment=ENVIRONMENT)
+    for variant, accuracies in {"off": [0.5, 0.7, 0.6], "on": [np.nan, 0.7, 0.8]}.items():
+        for rate, accuracy in zip(grid, accuracies, strict=True):
+            result.add_run(variant, 0, {"validation": {"accuracy": accuracy}}, rate=rate)
+    result.save(root / "evidence" / "schedules" / "quick_start.search.json")
+    text = page(root, "recipes/schedules/README.md").partition("### Quick start --search")[2]
+    assert "| variant | best rate | validation accuracy | next lower rate | next higher rate |" in text
+    assert "| off | 0.1 | 0.700 | 0.600 | 0.500 |" in text
+    assert "| on | 0.01 (edge) | 0.800 | – | 0.700 |" in text
+    assert "A better rate may lie beyond the grid for **on**." in text
+
+
 def test_columns_of_ones_own_are_explained_below_their_tables(root):
     add_recipe(root)
     more = [(variant, seed, "spread", 0.5) for variant in ("off", "on") for seed in range(10)]

@@ -266,14 +266,11 @@ WITH_MEASURED_FIGURES = {
     "adaptive_optimizers",
     "bag_of_tricks",
     "batch_normalization",
-    "early_stopping",
     "ensemble",
     "exponential_decay",
-    "exponential_moving_average",
     "floating_point_range",
     "gradient_clipping",
     "inception_module",
-    "input_scaling",
     "learning_rate_range_test",
     "model_capacity",
     "momentum",
@@ -288,7 +285,6 @@ WITH_MEASURED_FIGURES = {
     "vanishing_gradients",
     "warmup_cosine",
     "weight_initialization",
-    "weight_normalization",
     "weight_penalty",
 }
 

@@ -43,7 +43,7 @@ def average(path, momentum):
 def loss(weights, data):
     """Return the mean cross-entropy of the recipe's network, in float64."""
     images, labels = data
-    values = images.reshape(len(images), -1) / 255
+    values = images.reshape(len(images), -1)
     for kernel, bias in zip(weights[:-2:2], weights[1:-2:2], strict=True):
         values = np.maximum(values @ kernel + bias, 0)
     logits = values @ weights[-2] + weights[-1]
@@ -115,8 +115,24 @@ def test_the_decaying_rate_ends_at_zero_and_the_others_stay(recipe, trainings):
         rate = optimizer.get_config()["learning_rate"]
         if variant == "cosine decay":
             schedule = keras.optimizers.schedules.deserialize(rate)
-            assert float(schedule(0)) == pytest.approx(recipe.VARIANTS[variant][0])
-            assert float(schedule(EPOCHS / 2)) == pytest.approx(recipe.VARIANTS[variant][0] / 2)
+            assert float(schedule(0)) == pytest.approx(recipe.VARIANTS[variant][-1])
+            assert float(schedule(EPOCHS / 2)) == pytest.approx(recipe.VARIANTS[variant][-1] / 2)
             assert float(schedule(EPOCHS)) == pytest.approx(0, abs=1e-9)
         else:
-            assert rate == pytest.approx(recipe.VARIANTS[variant][0])
+            assert rate == pytest.approx(recipe.VARIANTS[variant][-1])
+
+
+def test_search_tries_each_rate_with_what_the_variant_has_beside_it(recipe, monkeypatch):
+    fit, seen = keras.Model.fit, []
+
+    def spy(model, *arguments, callbacks, **keywords):
+        schedule = model.optimizer._learning_rate
+        rate = schedule(0) if callable(schedule) else schedule
+        seen.append((callbacks[-1].variant, pytest.approx(float(rate)), model.optimizer.use_ema))
+        return fit(model, *arguments, callbacks=callbacks, **keywords)
+
+    monkeypatch.setattr(keras.Model, "fit", spy)
+    monkeypatch.setattr(recipe, "GRID", (0.01, 0.02))
+    comparison = recipe.main(search=True, epochs=1, limit=IMAGES)
+    assert seen == [(variant, rate, variant.startswith("EMA")) for variant in recipe.VARIANTS for rate in (0.01, 0.02)]
+    assert [row["means"].keys() for row in comparison.result.search_summary()] == [{0.01, 0.02}] * len(recipe.VARIANTS)

@@ -5,7 +5,7 @@ from keras import layers
 
 GENERATOR = np.random.default_rng(0)
 ROWS = GENERATOR.normal(size=(6, 5)).astype("float32")
-IMAGES = GENERATOR.integers(0, 256, (16, 8, 8, 1)).astype("float32")
+IMAGES = GENERATOR.random((16, 8, 8, 1)).astype("float32")
 LABELS = np.arange(16) % 5
 
 
@@ -107,10 +107,35 @@ def test_a_convolution_has_a_length_for_each_filter(recipe):
 
 
 def test_batch_normalisation_stands_between_weights_without_bias_and_activation(recipe):
-    kinds = [type(layer).__name__ for layer in recipe.build_model((8, 8, 1), 5, "batch").layers[3:]]
+    kinds = [type(layer).__name__ for layer in recipe.build_model((8, 8, 1), 5, "batch").layers[2:]]
     assert kinds == ["Dense", "BatchNormalization", "ReLU"] * 6 + ["Dense"]
     dense = [layer for layer in recipe.build_model((8, 8, 1), 5, "batch").layers if isinstance(layer, layers.Dense)]
     assert [layer.use_bias for layer in dense] == [False] * 6 + [True]
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_every_training_has_its_normalisation_and_a_rate_that_falls_to_zero(search, recipe, monkeypatch):
+    fit, seen = keras.Model.fit, []
+
+    def spy(model, *arguments, **keywords):
+        schedule = model.optimizer._learning_rate
+        first, last = (float(schedule(step)) for step in (0, 2 * keywords["epochs"]))
+        kinds = [type(layer).__name__ for layer in model.layers[2:4]]
+        seen.append((kinds, pytest.approx(first), pytest.approx(last, abs=1e-9)))
+        return fit(model, *arguments, **keywords)
+
+    monkeypatch.setattr(keras.Model, "fit", spy)
+    monkeypatch.setattr(recipe, "GRID", (0.01, 0.02))
+    recipe.main(search=search, epochs=1, limit=200)
+    layers_of = {
+        "plain": ["Dense", "ReLU"],
+        "weight norm": ["WeightNormalization", "ReLU"],
+        "batch norm": ["Dense", "BatchNormalization"],
+    }
+    if search:
+        assert seen == [(kinds, rate, 0.0) for kinds in layers_of.values() for rate in recipe.GRID]
+    else:
+        assert seen == [(layers_of[variant], rate, 0.0) for variant, (_, rate) in recipe.VARIANTS.items()]
 
 
 @pytest.mark.parametrize("accuracies, epochs", [([0.5, 0.9, 0.8], 2), ([0.9], 1), ([0.5, 0.6], float("inf"))])

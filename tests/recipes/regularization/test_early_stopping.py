@@ -60,7 +60,7 @@ def evaluated_weights(comparison):
 
 def test_it_stops_after_as_many_epochs_without_improvement_as_the_patience_says(recipe, scripted):
     _, spent, _ = scripted
-    assert [options["patience"] for options in recipe.VARIANTS.values() if "patience" in options] == list(EXPECTED)
+    assert [patience for patience, _, _ in recipe.VARIANTS.values() if patience] == list(EXPECTED)
     for patience, (epochs, _) in EXPECTED.items():
         assert spent[f"patience {patience}"] == epochs
 
@@ -93,23 +93,18 @@ def test_random_curves_agree_with_a_search_for_the_first_pause(recipe):
             assert evaluated_weights(comparison)[f"patience {patience}"] == np.argmin(losses[:end]) + 1
 
 
-def test_fixed_numbers_of_epochs_end_where_they_say_with_their_last_weights(recipe, scripted):
+def test_without_a_patience_all_epochs_are_spent_and_the_last_weights_kept(recipe, scripted):
     comparison, spent, _ = scripted
-    (variant,) = [variant for variant, options in recipe.VARIANTS.items() if "epochs" in options]
-    number = recipe.VARIANTS[variant]["epochs"]
-    assert variant == f"first {number} epochs"
-    assert spent[variant] == evaluated_weights(comparison)[variant] == number
-    for rate in (0.0001, 0.001):
-        variant = f"all, rate {rate}"
+    for variant in ("all epochs", "cosine, all epochs"):
+        assert recipe.VARIANTS[variant][0] is None
         assert spent[variant] == evaluated_weights(comparison)[variant] == len(LOSSES)
 
 
-def test_the_figures_tell_the_epochs_spent_and_kept(scripted):
+def test_the_figure_tells_the_epochs_spent(scripted):
     comparison, spent, _ = scripted
-    kept = evaluated_weights(comparison)
     for row in comparison.summary():
-        variant = row["variant"]
-        assert row["figures"] == {"epochs spent": spent[variant], "weights of epoch": kept[variant]}
+        assert row["figures"] == {"epochs spent": spent[row["variant"]]}
+    assert comparison.result.columns.keys() == {"epochs spent"}
 
 
 def test_stopping_sees_the_validation_split(recipe, scripted):
@@ -120,9 +115,37 @@ def test_stopping_sees_the_validation_split(recipe, scripted):
 
 
 def test_in_training_what_is_evaluated_has_the_lowest_validation_loss(recipe, monkeypatch):
-    monkeypatch.setattr(recipe, "VARIANTS", {"all, rate 0.0001": {"learning_rate": 0.01, "patience": 3}})
+    monkeypatch.setattr(recipe, "VARIANTS", {"patience 3": (3, False, 0.01)})
     (run,) = recipe.main(epochs=60, limit=200).result.runs
     losses = run["curve"]["val_loss"]
     assert np.argmin(losses) + 4 == len(losses) < 60
     assert run["metrics"]["validation"]["loss"] == pytest.approx(min(losses), rel=1e-5)
     assert losses[-1] > 1.001 * min(losses)
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_only_the_rate_of_the_cosine_falls_and_stopping_is_searched_as_it_is_used(search, recipe, monkeypatch):
+    fit, seen = keras.Model.fit, []
+
+    def spy(model, *arguments, callbacks, **keywords):
+        rate = model.optimizer.get_config()["learning_rate"]
+        if isinstance(rate, dict):
+            schedule = keras.optimizers.schedules.deserialize(rate)
+            rate = tuple(float(schedule(step)) for step in (0, 2 * keywords["epochs"]))
+        seen.append((len(callbacks), pytest.approx(rate, abs=1e-9)))
+        return fit(model, *arguments, callbacks=callbacks, **keywords)
+
+    monkeypatch.setattr(keras.Model, "fit", spy)
+    monkeypatch.setattr(recipe, "GRID", (0.01, 0.02))
+    comparison = recipe.main(search=search, epochs=2, limit=200)
+    expected = []
+    for patience, falls, chosen in recipe.VARIANTS.values():
+        for rate in recipe.GRID if search else [chosen]:
+            expected.append((2 if patience else 1, (rate, 0.0) if falls else rate))
+    assert seen == expected
+    if search:
+        assert [row["means"].keys() for row in comparison.result.search_summary()] == [{0.01, 0.02}] * 5
+
+
+def test_the_baseline_has_the_rate_of_the_headline(recipe):
+    assert next(iter(recipe.VARIANTS.values())) == (None, *recipe.VARIANTS[recipe.HEADLINE][1:])
