@@ -1,6 +1,6 @@
 """Early stopping: ends training when validation loss stops improving, and keeps the weights of its best epoch.
 
-Symptom: validation loss falls at first, then climbs, while training loss goes on falling. You have guessed the number
+Symptom: validation loss falls at first, then climbs. Training loss goes on falling, and you have guessed the number
 of epochs.
 
 Technique: after every epoch the validation loss is compared with the lowest so far. Once it has not improved for
