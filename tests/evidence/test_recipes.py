@@ -271,7 +271,6 @@ WITH_MEASURED_FIGURES = {
     "floating_point_range",
     "gradient_clipping",
     "inception_module",
-    "learning_rate_range_test",
     "model_capacity",
     "momentum",
     "monte_carlo_dropout",

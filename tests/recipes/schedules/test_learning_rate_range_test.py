@@ -6,7 +6,7 @@ import pytest
 
 LOW, HIGH, STEPS, WINDOW = 1e-4, 10.0, 101, 11
 GENERATOR = np.random.default_rng(0)
-IMAGES = GENERATOR.integers(0, 256, (100, 5, 5, 1)).astype("float32")
+IMAGES = GENERATOR.random((100, 5, 5, 1), "float32")
 LABELS = np.argmax(IMAGES.reshape(100, 25)[:, :3], axis=1)
 
 
@@ -17,7 +17,7 @@ def recipe(import_recipe):
 
 def loss_and_gradients(weights, images, labels):
     """Return the mean cross-entropy of the recipe's network and its gradients, in NumPy."""
-    values = [images.reshape(len(images), -1) / 255]
+    values = [images.reshape(len(images), -1)]
     for kernel, bias in zip(weights[0:4:2], weights[1:4:2], strict=True):
         values.append(np.maximum(values[-1] @ kernel + bias, 0))
     logits = values[-1] @ weights[4] + weights[5]
@@ -38,7 +38,8 @@ def loss_and_gradients(weights, images, labels):
 def tested(recipe):
     """A range test of the recipe with all images in one batch, and the weights before and after it."""
     keras.utils.set_random_seed(0)
-    model = recipe.build_model((5, 5, 1), 3, 0.01)
+    model = recipe.build_model((5, 5, 1), 3)
+    recipe.compile_model(model, 0.01)
     before = model.get_weights()
     finder = recipe.range_test(model, IMAGES, LABELS, batch_size=128)
     return finder, before, model
@@ -123,6 +124,17 @@ def test_the_range_test_has_a_model_of_its_own_that_starts_as_the_others_of_the_
     assert not np.array_equal(found[0][2][0], found[7][2][0])
 
 
+def test_every_training_falls_to_zero_from_its_rate_and_the_test_has_a_number(fits):
+    for callback, model, _, _ in fits[0]:
+        rate = model.optimizer._learning_rate
+        if hasattr(callback, "variant"):
+            assert float(rate(10)) == pytest.approx(0, abs=1e-7)  # epochs of one step
+            assert float(rate(5)) == pytest.approx(float(rate(0)) / 2)
+        else:
+            assert model.steps_per_execution == 1
+            assert float(rate) == pytest.approx(0.01)
+
+
 def test_every_fit_is_given_the_training_data(recipe, fits):
     (images, _), *_ = recipe.load("fashion_mnist_10k", recipe.DATA_DIR, 8)
     for _, _, _, given in fits[0]:
@@ -133,21 +145,18 @@ def test_it_needs_no_validation_data_and_so_many_epochs_as_its_steps_take(recipe
     train, *_ = recipe.load("fashion_mnist_10k", recipe.DATA_DIR, 300)
     found = {}
     monkeypatch.setattr(keras.Model, "fit", lambda model, *data, **keywords: found.update(keywords, data=data))
-    recipe.range_test(recipe.build_model((28, 28, 1), 10, 0.01), *train, batch_size=128)
+    recipe.range_test(recipe.build_model((28, 28, 1), 10), *train, batch_size=128)
     assert found["epochs"] == 34  # of three steps
     assert "validation_data" not in found
     np.testing.assert_array_equal(found["data"][0], train[0])
 
 
-def test_the_signals_give_each_smoothed_loss_the_place_of_its_middle_step(fits):
+def test_the_signal_gives_each_smoothed_loss_the_rate_of_its_middle_step(fits):
     _, comparison = fits
-    losses, rates = (
-        next(signal["values"] for signal in comparison.result.signals if signal["name"] == name)
-        for name in ("smoothed loss (capped)", "learning rate")
-    )
-    assert len(rates) == STEPS
-    assert np.isnan(losses[: WINDOW // 2]).all()
-    assert np.isfinite(losses[WINDOW // 2 :]).all()
-    assert len(losses) == STEPS - WINDOW // 2
-    assert np.nanargmin(losses) == 80
-    assert max(losses[WINDOW // 2 :]) == pytest.approx(15)
+    assert len(comparison.result.signals) == 2
+    for signal in comparison.result.signals:
+        assert (signal["variant"], signal["by"], signal["at_scale"]) == ("range test", "learning rate", "log")
+        half, rates = WINDOW // 2, LOW * (HIGH / LOW) ** (np.arange(STEPS) / (STEPS - 1))
+        np.testing.assert_allclose(signal["at"], rates[half : STEPS - half])
+        assert signal["at"][np.argmin(signal["values"])] == pytest.approx(rates[80])
+        assert max(signal["values"]) == pytest.approx(15)
