@@ -56,6 +56,9 @@ HEADLINE = "EMA 0.99"
 # Learning rates of Adam.
 GRID = (0.0001, 0.0003, 0.001, 0.003, 0.01)
 
+# Many steps a call: equal weights, less time. On PyTorch, Keras knows single steps only.
+STEPS_PER_CALL = 1 if keras.backend.backend() == "torch" else 32
+
 DATA_DIR = Path(__file__).resolve().parent.parent.parent / "data"
 
 
@@ -138,7 +141,7 @@ def main(
                 optimizer=keras.optimizers.Adam(cosine if decays else learning_rate, **averaging),  # the technique
                 loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
                 metrics=["accuracy"],
-                steps_per_execution=min(steps, 32),  # many steps a call: equal weights, less time
+                steps_per_execution=min(steps, STEPS_PER_CALL),
             )
             # So that validation figures are those of the averaged weights, too.
             swap = [keras.callbacks.SwapEMAWeights()] if averaging else []

@@ -50,6 +50,9 @@ HEADLINE = "standardised"
 # Learning rates of gradient descent with momentum: a long grid, since inputs a hundred times as large need small ones.
 GRID = (0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 
+# Many steps a call: equal weights, less time. On PyTorch, Keras knows single steps only.
+STEPS_PER_CALL = 1 if keras.backend.backend() == "torch" else 32
+
 DATA_DIR = Path(__file__).resolve().parent.parent.parent / "data"
 
 
@@ -149,7 +152,7 @@ def main(
                 optimizer=keras.optimizers.SGD(schedule, momentum=0.9),
                 loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
                 metrics=["accuracy"],
-                steps_per_execution=min(steps, 32),  # many steps a call: equal weights, less time
+                steps_per_execution=min(steps, STEPS_PER_CALL),
             )
             untrained_loss = model.evaluate(*train, batch_size=batch_size, verbose=0)[0]
             statistics = ActivationStatistics(train[0][:256], log=False)
