@@ -273,7 +273,6 @@ WITH_MEASURED_FIGURES = {
     "inception_module",
     "model_capacity",
     "momentum",
-    "monte_carlo_dropout",
     "normalization_layers",
     "normalized_gradient",
     "one_cycle",
