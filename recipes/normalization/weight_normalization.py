@@ -11,9 +11,9 @@ Change: copy the class `WeightNormalization`, and wrap the layers:
 
     x = WeightNormalization(layers.Dense(128))(x)
 
-Look for: speed, the number of epochs until validation accuracy first reached the target, beside that of batch
-normalisation. Each variant has the learning rate that suits it best, and part of a gain in speed may come from a larger
-one: `--search` shows which rates each of them bears. Compare test accuracy too, and the time of an epoch.
+Look for: test accuracy after a short training, for the promise is speed, beside that of batch normalisation. Each
+variant has the learning rate that suits it best, and part of a gain in speed may come from a larger one: `--search`
+shows which rates each of them bears. Compare the time of an epoch, too, and what is left with `--epochs 15`.
 
 Cost: one length for each unit, time in every step, and no hyper-parameter. A kernel regulariser or constraint would act
 on v, whose length does not matter to the output. Means and variances of the units are not normalised: the paper sets
@@ -29,7 +29,7 @@ import cyclopts
 import keras
 import numpy as np
 import tensorflow_datasets as tfds
-from cyclopts.types import PositiveFloat, PositiveInt
+from cyclopts.types import PositiveInt
 from keras import layers, ops
 
 from callbacks import Comparison
@@ -38,14 +38,17 @@ from callbacks import Comparison
 VARIANTS = {
     "plain": ("none", 0.1),
     "weight norm": ("weight", 0.1),
-    "batch norm": ("batch", 3.0),
+    "batch norm": ("batch", 0.3),
 }
 
-# The variant that answers the recipe's question, and the figure, for its promise is speed.
-HEADLINE = ("weight norm", "epochs to 0.82")
+# The variant that answers the recipe's question.
+HEADLINE = "weight norm"
 
 # Learning rates of gradient descent.
 GRID = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+
+# Many steps a call: equal weights, less time. On PyTorch, Keras knows single steps only.
+STEPS_PER_CALL = 1 if keras.backend.backend() == "torch" else 32
 
 DATA_DIR = Path(__file__).resolve().parent.parent.parent / "data"
 
@@ -123,20 +126,14 @@ def build_model(image_shape, classes, normalisation):
     return keras.Model(inputs, layers.Dense(classes)(x))
 
 
-def epochs_to(target, accuracies):
-    """Return the number of epochs after which the accuracy first reached `target`: infinite if it never did."""
-    return next((epoch for epoch, accuracy in enumerate(accuracies, start=1) if accuracy >= target), float("inf"))
-
-
 def main(
     *,
     dataset: str = "fashion_mnist_10k",
     data_dir: Path = DATA_DIR,
-    epochs: PositiveInt = 15,
+    epochs: PositiveInt = 4,  # short: the promise is speed
     seeds: PositiveInt = 1,
     limit: PositiveInt | None = None,
     save: Path | None = None,
-    target: PositiveFloat = 0.82,
     search: bool = False,
 ):
     """Train one network without normalisation, with weight and with batch normalisation, each at its best rate.
@@ -148,13 +145,11 @@ def main(
         seeds: number of paired repetitions; from 5 on there are verdicts, 10 are worth reporting.
         limit: use only this many images of each split.
         save: NAME, to write the result to NAME.json and the picture to NAME.svg.
-        target: validation accuracy; the epochs until it is reached are counted.
         search: find the best learning rate of each variant, on validation data, in place of the comparison.
     """
     train, validation, test, classes = load(dataset, data_dir, limit)
     batch_size = 128
     steps = -(-len(train[0]) // batch_size)
-    speed = f"epochs to {target}"
     with Comparison(
         metric="accuracy",
         margin=0.01,
@@ -163,20 +158,19 @@ def main(
         test=test,
         same_start=False,  # g, γ and β are weights of their own; the kernels start equal, for the seed makes them
         settings={"dataset": dataset, "limit": limit, "epochs": epochs},
-        columns={speed: f"epochs until validation accuracy first was {target}; inf if it never was"},
         save=save,
     ) as comparison:
         loop = comparison.search(VARIANTS, GRID, seeds) if search else comparison.runs(VARIANTS, seeds)
-        for variant, (normalisation, learning_rate), run in loop:
+        for _, (normalisation, learning_rate), run in loop:
             model = build_model(train[0].shape[1:], classes, normalisation)
             model.compile(
                 # Ends at a rate of zero, which leaves little noise between seeds.
                 optimizer=keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(learning_rate, epochs * steps)),
                 loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
                 metrics=["accuracy"],
-                steps_per_execution=min(steps, 32),  # many steps a call: equal weights, less time
+                steps_per_execution=min(steps, STEPS_PER_CALL),
             )
-            history = model.fit(
+            model.fit(
                 *train,
                 batch_size=batch_size,
                 epochs=epochs,
@@ -184,7 +178,6 @@ def main(
                 verbose=0,
                 callbacks=[run],
             )
-            comparison.add_figure(variant, run.seed, speed, epochs_to(target, history.history["val_accuracy"]))
     return comparison
 
 

@@ -136,8 +136,3 @@ def test_every_training_has_its_normalisation_and_a_rate_that_falls_to_zero(sear
         assert seen == [(kinds, rate, 0.0) for kinds in layers_of.values() for rate in recipe.GRID]
     else:
         assert seen == [(layers_of[variant], rate, 0.0) for variant, (_, rate) in recipe.VARIANTS.items()]
-
-
-@pytest.mark.parametrize("accuracies, epochs", [([0.5, 0.9, 0.8], 2), ([0.9], 1), ([0.5, 0.6], float("inf"))])
-def test_epochs_to_counts_from_one(recipe, accuracies, epochs):
-    assert recipe.epochs_to(0.85, accuracies) == epochs
