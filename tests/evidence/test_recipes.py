@@ -265,7 +265,6 @@ def test_a_source_may_have_figures_of_its_own():
 WITH_MEASURED_FIGURES = {
     "adaptive_optimizers",
     "bag_of_tricks",
-    "batch_normalization",
     "ensemble",
     "exponential_decay",
     "floating_point_range",
