@@ -267,7 +267,6 @@ WITH_MEASURED_FIGURES = {
     "bag_of_tricks",
     "ensemble",
     "exponential_decay",
-    "floating_point_range",
     "gradient_clipping",
     "inception_module",
     "model_capacity",
