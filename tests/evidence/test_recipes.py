@@ -266,7 +266,6 @@ WITH_MEASURED_FIGURES = {
     "adaptive_optimizers",
     "bag_of_tricks",
     "ensemble",
-    "exponential_decay",
     "gradient_clipping",
     "inception_module",
     "model_capacity",
