@@ -278,7 +278,6 @@ WITH_MEASURED_FIGURES = {
     "stochastic_gradient_descent",
     "stochastic_weight_averaging",
     "vanishing_gradients",
-    "warmup_cosine",
     "weight_initialization",
     "weight_penalty",
 }
