@@ -276,7 +276,6 @@ WITH_MEASURED_FIGURES = {
     "reduce_on_plateau",
     "residual_connections",
     "stochastic_gradient_descent",
-    "stochastic_weight_averaging",
     "vanishing_gradients",
     "weight_initialization",
     "weight_penalty",

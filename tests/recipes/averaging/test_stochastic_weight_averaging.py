@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 EPOCHS, START = 5, 2
+RATE = 0.03
 IMAGES, BATCH = 160, 64  # the last batch is smaller
 
 
@@ -29,6 +30,8 @@ def trainings(recipe):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(keras.Model, "fit", spy)
+        # At one rate, what differs is the averaging.
+        patch.setattr(recipe, "VARIANTS", {name: (*value[:-1], RATE) for name, value in recipe.VARIANTS.items()})
         comparison = recipe.main(epochs=EPOCHS, limit=IMAGES)
     return {run["variant"]: (*found[run["variant"]], run) for run in comparison.result.runs}
 
@@ -49,7 +52,7 @@ def average(path):
 
 def forward(weights, images, training=False):
     """Return the logits, and for each batch normalisation the moments [mean, variance] of what reaches it."""
-    values, moments = images.reshape(len(images), -1) / 255, []
+    values, moments = images.reshape(len(images), -1), []
     for (kernel,), (gamma, beta, mean, variance) in zip(weights[:-1:2], weights[1:-1:2], strict=True):
         values = values @ kernel
         moments.append([values.mean(axis=0), values.var(axis=0)])
@@ -120,14 +123,35 @@ def test_averaging_leaves_training_as_it_is_and_recomputing_changes_only_statist
             assert not np.allclose(statistic, other, rtol=0.05)
 
 
-def test_the_decaying_rate_ends_at_zero_and_the_others_stay(recipe, trainings):
+def test_the_decaying_rate_ends_at_zero_and_the_others_stay(trainings):
     steps = EPOCHS * 3
     for variant, (_, _, optimizer, _) in trainings.items():
         rate = optimizer.get_config()["learning_rate"]
         if variant == "cosine decay":
             schedule = keras.optimizers.schedules.deserialize(rate)
-            assert float(schedule(0)) == pytest.approx(recipe.VARIANTS[variant][0])
-            assert float(schedule(steps / 2)) == pytest.approx(recipe.VARIANTS[variant][0] / 2)
+            assert float(schedule(0)) == pytest.approx(RATE)
+            assert float(schedule(steps / 2)) == pytest.approx(RATE / 2)
             assert float(schedule(steps)) == pytest.approx(0, abs=1e-9)
         else:
-            assert rate == pytest.approx(recipe.VARIANTS[variant][0])
+            assert rate == pytest.approx(RATE)
+
+
+def test_search_tries_each_rate_with_what_the_variant_has_beside_it(recipe, monkeypatch):
+    seen = []
+
+    def fit(model, *arguments, callbacks, **keywords):
+        # Without training.
+        run = callbacks[-1]
+        rate = model.optimizer._learning_rate
+        seen.append((run.variant, pytest.approx(float(rate(0) if callable(rate) else rate)), len(callbacks)))
+        run.comparison._finish_run(run.variant, run.seed, {"validation": {"accuracy": 0.5}}, {}, [], rate=run.rate)
+
+    monkeypatch.setattr(keras.Model, "fit", fit)
+    monkeypatch.setattr(recipe, "GRID", (0.01, 0.02))
+    comparison = recipe.main(search=True, epochs=1, limit=IMAGES)
+    assert seen == [
+        (variant, rate, {"SWA": 2, "SWA, old statistics": 3}.get(variant, 1))
+        for variant in recipe.VARIANTS
+        for rate in (0.01, 0.02)
+    ]
+    assert [row["means"].keys() for row in comparison.result.search_summary()] == [{0.01, 0.02}] * len(recipe.VARIANTS)
