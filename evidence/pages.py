@@ -82,8 +82,15 @@ class _Recipe:
 
     @functools.cached_property
     def results(self):
-        """{path: result} of those that there are."""
-        return {path: Result.load(path) for path in self.flags if path.exists()}
+        """{path: result} of those that there are, but for one of before the headline was another."""
+        found = {path: Result.load(path) for path in self.flags if path.exists()}
+        if self.default in found:
+            stored, (variant, figure) = found[self.default], read_headline(self.path)
+            variants = {None, *(run["variant"] for run in stored.runs)}
+            figures = {None, *(each["name"] for each in stored.figures)}
+            if variant not in variants or figure not in figures:
+                del found[self.default]
+        return found
 
     @property
     def default(self):

@@ -267,6 +267,15 @@ def test_missing_result_says_which_command_makes_it(root):
     assert "Not measured yet: `python -m evidence.overhead` does it." in page(root, "evidence/README.md")
 
 
+@pytest.mark.parametrize("headline", ['"renamed"', '("on", "a figure of its own")'])
+def test_result_of_before_the_headline_was_another_is_as_good_as_none(root, headline):
+    add_recipe(root, headline=headline)
+    add_result(root, {"off": OFF, "on": ON})
+    words = "Not measured yet: `python -m evidence quick_start` does it."
+    assert row(page(root, "README.md"), "[Quick start]")[1] == words
+    assert words in page(root, "recipes/schedules/README.md")
+
+
 def test_every_recipe_of_the_project_has_its_section_and_its_line():
     texts = generated_files()
     readme = texts[ROOT / "README.md"]
