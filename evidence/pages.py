@@ -17,6 +17,7 @@ from callbacks.comparison.report import (
     SAME_TIME,
     display_name,
     escape_markdown,
+    explanations,
     is_share,
     markdown_table,
     search_table,
@@ -290,14 +291,14 @@ def _measured_parts(recipe, path):
         decisive, rest = _columns(result, rows)
         tables = [_table(decisive), *_tables({"variant": decisive["variant"]} | rest)]
         meaning = _meaning(result, rows, recipe.headline if path == recipe.default else None)
-        explained = [f"{escape_markdown(name)}: {escape_markdown(words)}." for name, words in result.columns.items()]
+        explained = map(escape_markdown, explanations(result, rows))
         alternative = f"{name}: curves of each variant, and differences in {result.split} {result.metric}"
     return [
         f"![{alternative}](../../evidence/{recipe.theme}/{path.stem}.svg)",
         tables[0],
         " ".join(meaning),
         *tables[1:],
-        *([" ".join(explained)] if explained else []),
+        *filter(None, [" ".join(explained)]),
         _made_by(recipe, path),
     ]
 

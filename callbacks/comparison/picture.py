@@ -103,8 +103,8 @@ def _panels(result, runs):
             continue
         name, by, scale = entry["name"], entry["by"], entry["scale"]
         title = f"{name} by {by}"
-        panel = {"title": title, "ylabel": name, "by": by, "scale": scale, "points": []}
-        panel["by_scale"] = entry.get("at_scale", "linear")
+        at_scale = entry.get("at_scale", "linear")
+        panel = {"title": title, "ylabel": name, "by": by, "scale": scale, "at_scale": at_scale, "points": []}
         places = entry.get("at") or range(1, len(entry["values"]) + 1)
         panels.setdefault(title, panel)["points"] += _points(entry["variant"], places, entry["values"], scale)
     metric = result.metric
@@ -162,7 +162,7 @@ def _draw_lines(panel, axes, lines):
     )
     if is_named:
         axes.set_xticks(range(len(names)), [_label(str(name)) for name in names])
-    elif panel.get("by_scale") == "log":
+    elif panel.get("at_scale") == "log":
         axes.set_xscale("log")
     elif all(float(place).is_integer() for place in names):
         axes.xaxis.get_major_locator().set_params(integer=True)

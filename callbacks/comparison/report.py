@@ -55,6 +55,11 @@ def notes(result):
     return found
 
 
+def explanations(result, rows):
+    """Return the sentences that explain the columns of a result's own, for the rows of its summary."""
+    return [f"{name}: {result.columns[name]}." for name in _figure_names(rows) if name in result.columns]
+
+
 def print_report(result, console=None):
     """Print the table, a second one of what does not decide, and the notes."""
     from rich.text import Text
@@ -192,7 +197,7 @@ def _notes_of_comparison(result):
         same = f"same: within {100 * SAME_TIME:.0f} % of it"
         found.append(f"time: per epoch, relative to the baseline{quartiles}; {same}.")
     names = _figure_names(rows)
-    found += [f"{name}: {result.columns[name]}." for name in names if name in result.columns]
+    found += explanations(result, rows)
     if seeds > 1 and names:
         found.append(f"{', '.join(names)}: median over seeds.")
     return found

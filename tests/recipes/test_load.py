@@ -36,6 +36,11 @@ def corrupted(tmp_path_factory):
     return folder
 
 
+def test_copies_of_the_present_text_are_equal():
+    """Those that give float32 in 0 to 1; the texts of before do not."""
+    assert len([text for text in different_loads() if "values 0 to 1." in text]) == 1
+
+
 @pytest.mark.parametrize("recipe", [pytest.param(path, id=path.stem) for path in different_loads().values()])
 @pytest.mark.parametrize(
     "case, cause",
