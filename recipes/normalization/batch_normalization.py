@@ -15,10 +15,10 @@ Change: one line between the weights and the activation. It subtracts the bias o
 Keras's default momentum is 0.99, with which the moving averages need hundreds of steps to forget the 0 and 1 that they
 begin with. Until then validation looks worse than the network is. Take 0.9 where an epoch has only dozens of steps.
 
-Look for: test accuracy after a short training, for the promise is speed: each variant has the learning rate that suits
-it best, and falls to zero within these few epochs. `--search` shows whether the network without it bears the large
-rates that the others do. Then give it more time, `--epochs 15`: see whether the network without it catches up, and what
-becomes of the gap, for to fit the training images sooner is not yet to predict others better.
+Look for: test accuracy after a short training, for the promise is speed. Each variant has the learning rate that suits
+it best, and this rate falls to zero within these few epochs. `--search` shows whether the network without it bears the
+large rates that the others do. Then give it more time, `--epochs 15`: see whether the network without it catches up,
+and what becomes of the gap, for to fit the training images sooner is not yet to predict others better.
 
 Cost: γ, β and two moving averages for each unit, time in every step, and one hyper-parameter, the momentum. An
 example's output in training depends on the rest of its batch, and small batches make it worse: normalization_layers.py
