@@ -154,7 +154,7 @@ def measure(missing, finish, processes, scheduler=None):
     seconds = expected_seconds(paths)
     # The longest first, so that no process is left with a long one at the end.
     order = sorted(paths, key=seconds.get, reverse=True)
-    alone = [unit for unit in order if Path(unit.recipe).stem in EXCLUSIVE]
+    alone = [unit for unit in order if Path(unit.recipe).stem in EXCLUSIVE and "--search" not in unit.flags]
     shared = [unit for unit in order if unit not in alone]
     with Progress(seconds) as shown, contextlib.ExitStack() as stack:
 

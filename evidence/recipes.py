@@ -29,7 +29,7 @@ FURTHER = {"bag_of_tricks": {"ablation": ["--ablate"], "full": ["--dataset", "fa
 # Seeds of a result, and of a search, which compares every rate of a grid, for which fewer do.
 SEEDS, SEARCH_SEEDS = 5, 3
 
-# Recipes whose subject is time: each is measured alone, with all cores.
+# Recipes whose subject is time: each is measured alone, with all cores; its search is not, for it compares no times.
 EXCLUSIVE = {"bag_of_tricks"}
 
 # Patterns of what a measured figure looks like.

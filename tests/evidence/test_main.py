@@ -198,6 +198,22 @@ def test_further_results_of_a_recipe_are_made_with_their_flags(project, evidence
     assert "quick.py --gain 0.25: its code has changed" in evidence("--check")[1]
 
 
+def test_recipe_whose_subject_is_time_has_all_cores_but_not_its_search(project, evidence, monkeypatch):
+    change(project, "gain: float = 0.125", "gain: float = 0.125, search: bool = False")
+    monkeypatch.setattr(recipes, "FURTHER", {"quick": {"search": ["--search"]}})
+    monkeypatch.setattr(__main__, "EXCLUSIVE", {"quick"})
+    monkeypatch.setattr(units, "cores", lambda: 7)
+    threads_of = {}
+
+    def run(unit, threads=1):
+        threads_of[unit.flags] = threads
+        return units.run_unit(unit, project)
+
+    monkeypatch.setattr(units, "run_in_new_process", run)
+    assert evidence("quick", "--seeds", "2")[0] == 0
+    assert threads_of == {(): 7, ("--search",): 1}
+
+
 def test_result_on_a_data_set_that_is_not_prepared_is_skipped_and_said_to_be(project, evidence, monkeypatch):
     monkeypatch.setattr(recipes, "FURTHER", {"quick": {"full": ["--dataset", "large"]}})
     code, output = evidence()
