@@ -290,8 +290,9 @@ class Result:
         """Return one dict for each variant of a search: `variant`, `means`, `best` and `at_edge`.
 
         `means` maps each rate to the mean over seeds of the metric, or None where a run diverged or none was made;
-        `best` is the rate with the best mean, None if there is none; `at_edge` tells whether it is the lowest or the
-        highest of the grid, so that a better one may lie beyond.
+        `best` is the rate with the best mean, among equal ones the middle one, as where nothing is learned at any rate,
+        and None if there is none; `at_edge` tells whether it is the lowest or the highest of the grid, so that a better
+        one may lie beyond.
         """
         figures = {}
         for run in self.runs:
@@ -301,7 +302,9 @@ class Result:
         for variant, by_rate in figures.items():
             means = {rate: statistics.fmean(by_rate.get(rate, [math.nan])) for rate in self.grid}
             known = {rate: mean for rate, mean in means.items() if math.isfinite(mean)}
-            best = (max if self.mode == "max" else min)(known, key=known.get, default=None)
+            top = (max if self.mode == "max" else min)(known.values(), default=None)
+            best = [rate for rate in sorted(known) if known[rate] == top]
+            best = best[len(best) // 2] if best else None
             rows.append(
                 {
                     "variant": variant,

@@ -346,3 +346,13 @@ def test_search_finds_the_best_mean_and_marks_the_edge():
     assert statistics.fmean([0.8, 0.7]) == first["means"][0.1]
     with pytest.raises(ValueError, match="search_summary"):
         result.summary()
+
+
+def test_search_gives_the_middle_one_of_rates_that_are_equally_good():
+    result = new_result(split="validation", grid=[1.0, 0.01, 0.1, 10.0])
+    for rate in result.grid:
+        result.add_run("stuck", 0, {"validation": {"accuracy": 0.1}}, rate=rate)
+        result.add_run("flat", 0, {"validation": {"accuracy": 0.2 if rate < 1 else 0.1}}, rate=rate)
+    stuck, flat = result.search_summary()
+    assert (stuck["best"], stuck["at_edge"]) == (1.0, False)
+    assert (flat["best"], flat["at_edge"]) == (0.1, False)
