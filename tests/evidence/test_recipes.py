@@ -272,11 +272,9 @@ WITH_MEASURED_FIGURES = {
     "momentum",
     "normalization_layers",
     "normalized_gradient",
-    "one_cycle",
     "reduce_on_plateau",
     "residual_connections",
     "stochastic_gradient_descent",
-    "vanishing_gradients",
     "weight_initialization",
     "weight_penalty",
 }

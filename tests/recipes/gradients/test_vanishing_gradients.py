@@ -34,7 +34,7 @@ def norm(inputs, delta, with_bias=True):
 def dense_norms(weights, images, labels, activation, normalise):
     """Return the norms of the gradients of the layers "layer_1", "layer_2", …, by a backward pass by hand."""
     function, derivative = FUNCTIONS[activation]
-    outputs, normalised, deviations = [(images / 127.5 - 1).reshape(len(images), -1)], [], []
+    outputs, normalised, deviations = [images.reshape(len(images), -1)], [], []
     kernels = [weights[f"layer_{number}"][0] for number in range(1, 11)]
     for kernel in kernels:
         z = outputs[-1] @ kernel  # biases begin at zero
@@ -57,7 +57,7 @@ def dense_norms(weights, images, labels, activation, normalise):
 
 def recurrent_norms(weights, images, labels):
     """Return the norms of the gradients of the layers "row_1", "row_2", …, by a backward pass by hand."""
-    rows = (images / 127.5 - 1).transpose(1, 0, 2, 3).reshape(images.shape[1], len(images), -1)
+    rows = images.transpose(1, 0, 2, 3).reshape(images.shape[1], len(images), -1)
     (recurrent,) = weights["recurrent"]
     states = []
     for number, row in enumerate(rows, start=1):
@@ -71,16 +71,9 @@ def recurrent_norms(weights, images, labels):
     return norms
 
 
-def expected_norms(recipe, network, variant, weights, images, labels):
-    if network == "recurrent":
-        return recurrent_norms(weights, images, labels)
-    options = recipe.VARIANTS[variant]
-    return dense_norms(weights, images, labels, options["activation"], options.get("normalise", False))
-
-
 def random_data(seed):
     """Return 64 images of 12 × 10 × 1, which are one batch, and their labels."""
-    return np.random.default_rng(seed).integers(0, 256, (64, 12, 10, 1)).astype("uint8"), np.arange(64) % 5
+    return np.random.default_rng(seed).random((64, 12, 10, 1)).astype("float32"), np.arange(64) % 5
 
 
 @pytest.fixture
@@ -112,8 +105,8 @@ def check(comparison, expected_norms, place):
 def test_norms_by_layer_and_their_ratio_are_those_of_a_backward_pass_by_hand(recipe, started):
     comparison = recipe.main(epochs=2)
     expected = [
-        dense_norms(*start, options["activation"], options.get("normalise", False))
-        for start, options in zip(started, recipe.VARIANTS.values(), strict=True)
+        dense_norms(*start, activation, normalise)
+        for start, (activation, _, normalise, _) in zip(started, recipe.VARIANTS.values(), strict=True)
     ]
     check(comparison, expected, "layer")
 
@@ -133,11 +126,11 @@ def test_norms_by_row_and_their_ratio_are_those_of_a_backward_pass_by_hand(recip
 def test_gradient_vanishes_with_sigmoid_alone(recipe):
     images, labels = random_data(0)
     ratios, deviations = {}, {}
-    for variant, options in recipe.VARIANTS.items():
+    for variant, (activation, initializer, normalise, _) in recipe.VARIANTS.items():
         for seed in range(3):
             keras.utils.set_random_seed(seed)
-            weights = weights_of(recipe.build_model(images.shape[1:], 5, **options))
-            norms = dense_norms(weights, images, labels, options["activation"], options.get("normalise", False))
+            weights = weights_of(recipe.build_model(images.shape[1:], 5, activation, initializer, normalise))
+            norms = dense_norms(weights, images, labels, activation, normalise)
             ratios.setdefault(variant, []).append(norms[0] / norms[-1])
             deviations[variant] = weights["layer_2"][0].std()
     sigmoid, *others = [np.exp(np.log(values).mean()) for values in ratios.values()]
@@ -145,3 +138,27 @@ def test_gradient_vanishes_with_sigmoid_alone(recipe):
     assert all(0.2 < ratio < 5 for ratio in others)
     expected = dict.fromkeys(recipe.VARIANTS, np.sqrt(1 / 128)) | {"ReLU, He": np.sqrt(2 / 128)}
     assert deviations == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_every_training_has_its_network_and_a_rate_that_falls_to_zero(search, recipe, monkeypatch):
+    fit, seen = keras.Model.fit, []
+
+    def spy(model, *arguments, **keywords):
+        schedule = model.optimizer._learning_rate
+        first, last = (float(schedule(step)) for step in (0, 2 * keywords["epochs"]))
+        activation = model.layers[3].activation.__name__
+        seen.append((activation, pytest.approx(first), pytest.approx(last, abs=1e-9)))
+        return fit(model, *arguments, **keywords)
+
+    monkeypatch.setattr(keras.Model, "fit", spy)
+    variants = {name: recipe.VARIANTS[name] for name in ("sigmoid", "ReLU, He")}
+    monkeypatch.setattr(recipe, "VARIANTS", variants)
+    monkeypatch.setattr(recipe, "GRID", (0.01, 0.02))
+    recipe.main(search=search, epochs=1, limit=200)
+    expected = [
+        (activation, tried, 0.0)
+        for activation, _, _, rate in variants.values()
+        for tried in (recipe.GRID if search else [rate])
+    ]
+    assert seen == expected

@@ -22,13 +22,14 @@ def fits(recipe):
         *callbacks, _, run = callbacks
         found[run.variant] = model.optimizer, callbacks, epochs * -(-len(images) // batch_size)
         run.comparison.add(run.variant, run.seed, {"accuracy": 0.5})
-        return types.SimpleNamespace(history={"val_accuracy": [0.5, 0.84, 0.85, 0.8]})
+        return types.SimpleNamespace(history={"val_accuracy": [0.5, 0.84, 0.85, 0.8], "learning_rate": [0.1, 0.4, 0.2]})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(keras.Model, "fit", fit)
-        patch.setattr(recipe, "LearningRateLogger", lambda: types.SimpleNamespace(history=[0.1, 0.4, 0.2]))
         comparison = recipe.main(limit=LIMIT, epochs=EPOCHS, target=0.85)
-    assert all(row["figures"] == {"peak rate": 0.4, "epochs to 0.85": 3} for row in comparison.summary())
+    assert all(row["figures"] == {"epochs to 0.85": 3} for row in comparison.summary())
+    for signal in comparison.result.signals:
+        assert (signal["by"], signal["scale"], signal["values"]) == ("epoch", "linear", [0.1, 0.4, 0.2])
     return found
 
 
@@ -49,10 +50,12 @@ def cycle(peak, steps):
 
 def test_every_step_of_a_training_is_made_with_the_rate_and_the_momentum_of_the_cycle(recipe, fits):
     for variant, (optimizer, callbacks, steps) in fits.items():
-        rate, kind = recipe.VARIANTS[variant]
+        schedule, _, rate = recipe.VARIANTS[variant]
         rates, momenta = np.full(steps, rate), np.full(steps, 0.9)
-        if kind != "constant":
+        if schedule == "cycle":
             rates, momenta = cycle(rate, steps)
+        elif schedule == "cosine":
+            rates = rate / 2 * (1 + np.cos(np.pi * np.arange(steps) / steps))
         np.testing.assert_allclose(trained(optimizer, callbacks, steps), expected(rates, momenta), rtol=1e-4)
 
 
@@ -83,20 +86,12 @@ def expected(rates, momenta):
 
 def test_the_cycle_ends_with_the_training_and_the_short_one_has_half_the_epochs(fits):
     lengths = {variant: steps for variant, (_, _, steps) in fits.items()}
-    assert lengths == {"constant": 24, "peak held": 24, "one cycle": 24, "half as long": 12}
-    assert [len(callbacks) for _, callbacks, _ in fits.values()] == [0, 0, 1, 1]
-    for _, callbacks, steps in fits.values():
-        for callback in callbacks:
-            assert callback.steps == steps
-
-
-def test_one_variant_holds_the_peak_of_the_cycle(recipe):
-    assert recipe.VARIANTS["peak held"][0] == recipe.VARIANTS["one cycle"][0]
-    assert recipe.VARIANTS["one cycle"][0] > recipe.VARIANTS["constant"][0]
+    assert lengths == {"constant": 24, "one cycle": 24, "cycle, half as long": 12, "cosine": 24}
+    assert [len(callbacks) for _, callbacks, _ in fits.values()] == [0, 1, 1, 0]
 
 
 def test_the_normalisation_that_large_rates_need_stands_before_each_activation(recipe):
-    kinds = [type(layer).__name__ for layer in recipe.build_model((4, 4, 1), 5).layers[3:]]
+    kinds = [type(layer).__name__ for layer in recipe.build_model((4, 4, 1), 5).layers[2:]]
     assert kinds == ["Dense", "BatchNormalization", "ReLU"] * 4 + ["Dense"]
 
 
