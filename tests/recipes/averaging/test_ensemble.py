@@ -64,7 +64,7 @@ def test_figures_are_those_of_the_mean_of_the_members_probabilities(experiment):
     for run, members in of_each_run(comparison, logits):
         accuracy, loss = reference(members, labels)
         found = figures_of(comparison, run)
-        assert run["metrics"]["test"] == {"accuracy": pytest.approx(accuracy), "loss": pytest.approx(loss)}
+        assert run["metrics"]["test"] == {"accuracy": pytest.approx(accuracy), "log-loss": pytest.approx(loss)}
         assert found["log-loss"] == pytest.approx(loss)
         each = np.mean([reference([member], labels) for member in members], axis=0)
         assert [found["members' accuracy"], found["members' log-loss"]] == pytest.approx(each)
@@ -91,8 +91,8 @@ def test_log_loss_of_the_average_is_never_above_the_members_mean(recipe):
     for scale in (0, 0.1, 1, 10, 1000):
         logits = generator.normal(scale=scale, size=(3, 40, 7)).astype("float32")
         labels = generator.integers(0, 7, 40)
-        together = recipe.figures(recipe.average(logits), labels)["loss"]
-        apart = np.mean([recipe.figures(recipe.average([member]), labels)["loss"] for member in logits])
+        together = recipe.figures(recipe.average(logits), labels)["log-loss"]
+        apart = np.mean([recipe.figures(recipe.average([member]), labels)["log-loss"] for member in logits])
         assert np.isfinite(together)
         assert together <= apart + 1e-12
         assert (together < 0.99 * apart) == (scale >= 1)
@@ -140,19 +140,16 @@ def test_the_large_network_has_as_many_parameters_as_the_ensemble(experiment):
 
 
 @pytest.mark.parametrize("image_shape, classes", [((9, 11, 3), 3), ((32, 32, 3), 100), ((2, 2, 1), 10)])
-def test_the_width_of_equal_size_is_found_for_any_data(recipe, image_shape, classes):
-    assert recipe.width_of(1, image_shape, classes) == recipe.WIDTH
+def test_the_number_of_filters_for_an_equal_size_is_found_for_any_data(recipe, image_shape, classes):
+    assert recipe.filters_of(1, image_shape, classes) == recipe.FILTERS
 
-    def size(width):
-        shapes = [(np.prod(image_shape), width), width, (width, width), width, (width, classes), classes]
-        return sum(np.prod(shape) for shape in shapes)
+    def size(filters):
+        return recipe.build_model(image_shape, classes, filters).count_params()
 
     for times in (2, MEMBERS):
-        width = recipe.width_of(times, image_shape, classes)
-        errors = [abs(size(width + step) - times * size(recipe.WIDTH)) for step in (0, -1, 1)]
+        filters = recipe.filters_of(times, image_shape, classes)
+        errors = [abs(size(filters + step) - times * size(recipe.FILTERS)) for step in (0, -1, 1)]
         assert errors[0] == min(errors)
-        assert errors[0] < 0.05 * times * size(recipe.WIDTH)
-    assert recipe.build_model(image_shape, classes, width).count_params() == size(width)
 
 
 def test_variants_are_the_counts_and_sizes_that_their_names_say(recipe):
@@ -162,3 +159,34 @@ def test_variants_are_the_counts_and_sizes_that_their_names_say(recipe):
         "ensemble of 5": (5, 1),
         "one, 5 times as large": (1, 5),
     }
+
+
+def test_every_training_ends_at_a_rate_of_zero_and_a_member_is_trained_as_the_one_network(recipe, monkeypatch):
+    rates = {}
+
+    def fit(model, *arguments, epochs, **keywords):
+        schedule = model.optimizer._learning_rate
+        first, last = (float(schedule(step)) for step in (0, 2 * epochs))
+        rates.setdefault(model.count_params(), []).append((pytest.approx(first), pytest.approx(last, abs=1e-9)))
+
+    monkeypatch.setattr(keras.Model, "fit", fit)
+    recipe.main(epochs=3, limit=200)
+    single, ensemble, large = (rate for _, _, rate in recipe.VARIANTS.values())
+    assert ensemble == single
+    assert list(rates.values()) == [[(single, 0)] * (1 + MEMBERS), [(large, 0)]]
+
+
+def test_search_tries_each_rate_with_each_single_network(recipe, monkeypatch):
+    rates = {}
+
+    def fit(model, *arguments, callbacks, **keywords):
+        # Without training.
+        (run,) = callbacks
+        rates.setdefault(run.variant, []).append(pytest.approx(float(model.optimizer._learning_rate(0))))
+        run.comparison._finish_run(run.variant, run.seed, {"validation": {"accuracy": 0.5}}, {}, [], rate=run.rate)
+
+    monkeypatch.setattr(keras.Model, "fit", fit)
+    monkeypatch.setattr(recipe, "GRID", (0.01, 0.02))
+    comparison = recipe.main(search=True, epochs=1, limit=200)
+    assert rates == dict.fromkeys(["one network", "one, 5 times as large"], [0.01, 0.02])
+    assert [row["means"].keys() for row in comparison.result.search_summary()] == [{0.01, 0.02}] * 2
