@@ -268,11 +268,9 @@ WITH_MEASURED_FIGURES = {
     "inception_module",
     "model_capacity",
     "momentum",
-    "normalization_layers",
     "normalized_gradient",
     "residual_connections",
     "stochastic_gradient_descent",
-    "weight_initialization",
     "weight_penalty",
 }
 

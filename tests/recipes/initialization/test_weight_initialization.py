@@ -4,7 +4,7 @@ import pytest
 from keras import layers
 
 SEEDS = 5
-IMAGES = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 1)).astype("float32")
+IMAGES = np.random.default_rng(0).random((64, 16, 16, 1)).astype("float32")
 
 # The standard deviation of the weights, from the numbers of inputs and outputs of a layer.
 DEVIATIONS = {
@@ -29,7 +29,7 @@ def hidden_layers(model):
 def activations(recipe, variant, activation, seed):
     """Return the outputs of the hidden layers of a new model as an array of shape (layers, images, units)."""
     keras.utils.set_random_seed(seed)
-    model = recipe.build_model((16, 16, 1), 5, recipe.VARIANTS[variant], activation)
+    model = recipe.build_model((16, 16, 1), 5, recipe.VARIANTS[variant][0], activation, width=256)
     outputs = keras.Model(model.input, [layer.output for layer in hidden_layers(model)])(IMAGES)
     return np.stack([keras.ops.convert_to_numpy(output) for output in outputs]).astype("float64")
 
@@ -43,7 +43,7 @@ def ratios(recipe, variant, activation):
 @pytest.mark.parametrize("variant", DEVIATIONS)
 def test_weights_have_the_deviation_of_the_formula_and_differ_between_layers(recipe, variant):
     keras.utils.set_random_seed(0)
-    hidden = hidden_layers(recipe.build_model((20, 40, 1), 5, recipe.VARIANTS[variant]))
+    hidden = hidden_layers(recipe.build_model((20, 40, 1), 5, recipe.VARIANTS[variant][0], width=256))
     kernels = [keras.ops.convert_to_numpy(layer.kernel) for layer in hidden]
     assert [kernel.shape for kernel in kernels] == [(800, 256)] + [(256, 256)] * 19
     for index, kernel in enumerate(kernels):
@@ -87,7 +87,7 @@ def test_figure_and_signals_are_those_of_a_forward_and_a_backward_pass_by_hand_b
 
     def spy(self, images, labels, **keywords):
         start = [weight.astype("float64") for weight in self.get_weights()]
-        batches.append((start, images / 127.5 - 1, labels))
+        batches.append((start, images, labels))
         return fit(self, images, labels, **keywords)
 
     monkeypatch.setattr(keras.Model, "fit", spy)
@@ -111,5 +111,29 @@ def test_figure_and_signals_are_those_of_a_forward_and_a_backward_pass_by_hand_b
         deviations = [output.std() for output in outputs[1:]]
         np.testing.assert_allclose(signals[variant, "deviation of activations"], deviations, rtol=1e-4)
         np.testing.assert_allclose(signals[variant, "norm of gradient"], norms, rtol=1e-4)
-        ratio = figures[variant, "deviation, layer 20 / layer 1"]
+        ratio = figures[variant, "last / first"]
         assert ratio == pytest.approx(deviations[19] / deviations[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_every_training_has_its_initializer_and_a_rate_that_falls_to_zero(search, recipe, monkeypatch):
+    fit, seen = keras.Model.fit, []
+
+    def spy(model, *arguments, **keywords):
+        schedule = model.optimizer._learning_rate
+        first, last = (float(schedule(step)) for step in (0, 2 * keywords["epochs"]))
+        kind = type(hidden_layers(model)[0].kernel_initializer).__name__
+        seen.append((kind, pytest.approx(first), pytest.approx(last, abs=1e-9)))
+        return fit(model, *arguments, **keywords)
+
+    monkeypatch.setattr(keras.Model, "fit", spy)
+    monkeypatch.setattr(recipe, "VARIANTS", {name: recipe.VARIANTS[name] for name in ("Glorot", "He")})
+    monkeypatch.setattr(recipe, "GRID", (0.01, 0.02))
+    recipe.main(search=search, epochs=1, limit=200)
+    kinds = {"Glorot": "GlorotUniform", "He": "HeNormal"}
+    expected = [
+        (kinds[variant], tried, 0.0)
+        for variant, (_, rate) in recipe.VARIANTS.items()
+        for tried in (recipe.GRID if search else [rate])
+    ]
+    assert seen == expected

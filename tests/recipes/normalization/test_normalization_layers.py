@@ -10,7 +10,7 @@ KINDS = {
     "RMS": layers.RMSNormalization,
 }
 # Dark pictures, whose values have a variance near ε, show which ε it is and on which side of the root it stands.
-IMAGES = np.random.default_rng(0).integers(0, 32, (16, 4, 4, 1)).astype("float32")
+IMAGES = np.random.default_rng(0).integers(0, 32, (16, 4, 4, 1)).astype("float32") / 255
 
 
 @pytest.fixture(scope="module")
@@ -86,20 +86,37 @@ def test_at_inference_no_example_depends_on_its_batch(recipe, kind):
 def test_it_stands_between_the_weights_and_the_activation(recipe, kind):
     block = ["Dense", *([KINDS[kind].__name__] if kind in KINDS else []), "ReLU"]
     model = recipe.build_model((4, 4, 1), 5, kind, 4)
-    assert [type(layer).__name__ for layer in model.layers[3:]] == 4 * block + ["Dense"]
-    assert all(layer.use_bias == (kind != "batch") for layer in model.layers[3:-1] if isinstance(layer, layers.Dense))
+    assert [type(layer).__name__ for layer in model.layers[2:]] == 4 * block + ["Dense"]
+    assert all(layer.use_bias == (kind != "batch") for layer in model.layers[2:-1] if isinstance(layer, layers.Dense))
 
 
 def test_moving_statistics_forget_an_example_equally_fast_at_every_batch_size(recipe):
     steps = {4: 64, 128: 2}
-    kept = {size: build(recipe, "batch", size).layers[4].momentum ** count for size, count in steps.items()}
+    kept = {size: build(recipe, "batch", size).layers[3].momentum ** count for size, count in steps.items()}
     assert kept[4] == pytest.approx(kept[128]) == pytest.approx(0.9**2)
 
 
-def test_every_layer_is_tried_at_both_batch_sizes(recipe):
-    tried = [(kind, batch_size) for kind, batch_size, _ in recipe.VARIANTS.values()]
-    assert list(recipe.VARIANTS) == [f"{kind}, size {batch_size}" for kind, batch_size in tried]
-    assert set(tried) == {(kind, batch_size) for kind in ("none", *KINDS) for batch_size in (4, 128)}
+@pytest.mark.parametrize("search", [False, True])
+def test_every_training_has_its_layer_its_batches_and_a_rate_that_falls_to_zero(search, recipe, monkeypatch):
+    fit, seen = keras.Model.fit, []
+
+    def spy(model, images, labels, *, batch_size, epochs, **keywords):
+        schedule = model.optimizer._learning_rate
+        first, last = (float(schedule(step)) for step in (0, epochs * len(images) // batch_size))
+        seen.append((type(model.layers[3]).__name__, batch_size, pytest.approx(first), pytest.approx(last, abs=1e-9)))
+        return fit(model, images, labels, batch_size=batch_size, epochs=epochs, **keywords)
+
+    monkeypatch.setattr(keras.Model, "fit", spy)
+    monkeypatch.setattr(recipe, "GRID", (0.01, 0.02))
+    recipe.main(search=search, epochs=1, limit=128)
+    names = {kind: layer.__name__ for kind, layer in KINDS.items()} | {"none": "ReLU"}
+    expected = [
+        (names[kind], size, tried, 0.0)
+        for kind, size, rate in recipe.VARIANTS.values()
+        for tried in (recipe.GRID if search else [rate])
+    ]
+    assert seen == expected
+    assert {(name, size) for name, size, *_ in seen} == {(name, 4) for name in names.values()} | {(names["batch"], 128)}
 
 
 def test_kernels_of_a_seed_start_equal(recipe):
