@@ -271,7 +271,6 @@ WITH_MEASURED_FIGURES = {
     "normalized_gradient",
     "residual_connections",
     "stochastic_gradient_descent",
-    "weight_penalty",
 }
 
 
