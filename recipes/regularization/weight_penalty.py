@@ -29,7 +29,8 @@ halve it, and there is half as much of them. Where batch normalisation follows, 
 the output: there they change the effective learning rate, and nothing else.
 
 Source: Krogh and Hertz, "A Simple Weight Decay Can Improve Generalization", NIPS 1991; Loshchilov and Hutter,
-"Decoupled Weight Decay Regularization", ICLR 2019; max-norm: Srivastava et al., "Dropout", JMLR 15, 2014.
+"Decoupled Weight Decay Regularization", ICLR 2019, where a residual network gains, in 100 epochs on CIFAR-10;
+max-norm: Srivastava et al., "Dropout", JMLR 15, 2014.
 """
 
 from pathlib import Path
