@@ -266,7 +266,6 @@ WITH_MEASURED_FIGURES = {
     "adaptive_optimizers",
     "bag_of_tricks",
     "inception_module",
-    "model_capacity",
     "momentum",
     "normalized_gradient",
     "residual_connections",

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import keras
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ def parameters(width, pixels, classes):
 
 @pytest.mark.parametrize("image_shape, classes", [((28, 28, 1), 10), ((9, 11, 3), 3)])
 def test_the_number_of_parameters_is_that_of_the_formula(recipe, image_shape, classes):
-    assert {f"width {width}": width for width in WIDTHS} == recipe.VARIANTS
+    assert {f"width {width}": width for width in WIDTHS} == {
+        name: width for name, (width, _) in recipe.VARIANTS.items()
+    }
     for width in WIDTHS:
         model = recipe.build_model(image_shape, classes, width)
         assert model.count_params() == parameters(width, np.prod(image_shape), classes)
@@ -28,9 +32,9 @@ def test_the_number_of_parameters_is_that_of_the_formula(recipe, image_shape, cl
 def test_the_network_is_two_products_with_a_relu_between_them(recipe):
     keras.utils.set_random_seed(0)
     model = recipe.build_model((4, 5, 1), 3, 16)
-    images = np.random.default_rng(0).integers(0, 256, (8, 4, 5, 1)).astype("float32")
+    images = np.random.default_rng(0).random((8, 4, 5, 1)).astype("float32")
     kernel, bias, last_kernel, last_bias = model.get_weights()
-    hidden = np.maximum(images.reshape(8, -1) / 255 @ kernel + bias, 0)
+    hidden = np.maximum(images.reshape(8, -1) @ kernel + bias, 0)
     np.testing.assert_allclose(model(images), hidden @ last_kernel + last_bias, rtol=1e-4, atol=1e-5)
 
 
@@ -56,14 +60,14 @@ def observed(recipe):
 
     def evaluate(model, images, labels, **keywords):
         evaluations.append((model.layers[-1].kernel.shape[0], images, labels))
-        return [1.0, len(images) / 100]
+        return {"loss": 1.0, "accuracy": len(images) / 100}
 
     def seed(number):
         seeds.append(number)
         set_random_seed(number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "VARIANTS", {"width 4": 4, "width 16": 16})
+        patch.setattr(recipe, "VARIANTS", {"width 4": (4, 0.01), "width 16": (16, 0.02)})
         patch.setattr(keras.Model, "fit", fit)
         patch.setattr(keras.Model, "evaluate", evaluate)
         patch.setattr(keras.utils, "set_random_seed", seed)
@@ -109,12 +113,10 @@ def test_figures_and_signals_are_those_of_the_evaluations(observed):
     comparison, _, _ = observed
     for row, width in zip(comparison.summary(), (4, 16), strict=True):
         count = parameters(width, 784, 10)
-        assert row["figures"] == pytest.approx(
-            {"parameters": count, "per image": count / 64, "training accuracy": 0.9, "best epoch": 3}
-        )
+        assert row["figures"] == {"parameters": count}
         for signal in comparison.result.signals:
             if signal["variant"] == row["variant"]:
-                assert signal["by"] == "images: 4, 16, 64"
+                assert (signal["by"], signal["at"]) == ("number of training images", ["4", "16", "64"])
                 whole = 0.7 + width / 1000
                 expected = {
                     "test accuracy": [0.64, 0.64, whole],
@@ -123,3 +125,33 @@ def test_figures_and_signals_are_those_of_the_evaluations(observed):
                 }[signal["name"]]
                 assert signal["values"] == pytest.approx(expected)
     assert len(comparison.result.signals) == 2 * 2 * 3
+    assert comparison.result.columns.keys() == {"parameters"}
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_all_sets_are_trained_at_a_rate_that_falls_to_zero_and_a_search_takes_the_whole_one(
+    search, recipe, monkeypatch
+):
+    seen = []
+
+    def fit(model, images, *arguments, epochs, callbacks, **keywords):
+        # Without training.
+        schedule = model.optimizer._learning_rate
+        first, last = (float(schedule(step)) for step in (0, 2 * epochs))
+        seen.append((len(distinct(images)), pytest.approx(first), pytest.approx(last, abs=1e-9)))
+        for run in callbacks:
+            metrics = (
+                {"validation": {"accuracy": 0.5}} if search else dict.fromkeys(["train", "test"], {"accuracy": 0.5})
+            )
+            run.comparison._finish_run(run.variant, run.seed, metrics, {}, [], rate=run.rate)
+        return SimpleNamespace(history={"val_loss": [0.5]})
+
+    monkeypatch.setattr(keras.Model, "fit", fit)
+    monkeypatch.setattr(recipe, "VARIANTS", {"width 4": (4, 0.003), "width 16": (16, 0.001)})
+    monkeypatch.setattr(recipe, "GRID", (0.01, 0.02))
+    comparison = recipe.main(search=search, epochs=2, limit=160)
+    if search:
+        assert seen == [(160, rate, 0.0) for rate in (0.01, 0.02, 0.01, 0.02)]
+        assert [row["means"].keys() for row in comparison.result.search_summary()] == [{0.01, 0.02}] * 2
+    else:
+        assert seen == [(size, rate, 0.0) for rate in (0.003, 0.001) for size in (10, 40, 160)]
