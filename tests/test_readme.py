@@ -238,7 +238,7 @@ def stand_ins(recipe):
     names |= {"keras": keras, "layers": layers, "ops": ops, "np": np, "model": model, "block": layers.ReLU()}
     names |= {"images": images, "labels": labels, "train": (images, labels), "validation": (images, labels)}
     names |= {"inputs": keras.Input((8, 8, 1)), "training_images": images, "classes": 3, "filters": 4, "logits": []}
-    names |= {"x": images[:8] if recipe.stem == "monte_carlo_dropout" else keras.Input((8, 8, 4))}
+    names |= {"x": images[:8] if recipe.stem == "monte_carlo_dropout" else keras.Input((8, 8, 8))}
     # Those of one epoch with batches of 32.
     return StandIns(names | {"steps": count // 32, "steps_per_epoch": count // 32, "seed": 1, "member": 0})
 

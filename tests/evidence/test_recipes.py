@@ -263,13 +263,9 @@ def test_a_source_may_have_figures_of_its_own():
 
 # Their figures stand on the pages. This list only ever gets shorter.
 WITH_MEASURED_FIGURES = {
-    "adaptive_optimizers",
     "bag_of_tricks",
     "inception_module",
-    "momentum",
-    "normalized_gradient",
     "residual_connections",
-    "stochastic_gradient_descent",
 }
 
 

@@ -10,7 +10,7 @@ def images():
     """Training, validation and test data, and the number of classes, as `load` returns them; 48 training images."""
     generator = np.random.default_rng(0)
     sizes = (48, 8, 8)
-    return *[(generator.integers(0, 256, (n, 5, 4, 1), "uint8"), generator.integers(0, 3, n)) for n in sizes], 3
+    return *[(generator.random((n, 5, 4, 1), "float32"), generator.integers(0, 3, n)) for n in sizes], 3
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +59,12 @@ def weights_of():
 
 
 @pytest.fixture(scope="session")
+def falling_rates():
+    """Return a function that gives the rate of each step of a training, from `rate` to zero along half a cosine."""
+    return lambda rate, steps: rate / 2 * (1 + np.cos(np.pi * np.arange(steps) / steps))
+
+
+@pytest.fixture(scope="session")
 def gradients():
     return back_propagation
 
@@ -66,7 +72,7 @@ def gradients():
 def back_propagation(weights, images, labels):
     """Return the gradients of the mean cross-entropy of dense layers with ReLU, in NumPy: kernel, bias, kernel, …"""
     kernels, biases = weights[::2], weights[1::2]
-    inputs = [images.reshape(len(images), -1) / 255]
+    inputs = [images.reshape(len(images), -1)]
     for kernel, bias in zip(kernels[:-1], biases[:-1], strict=True):
         inputs.append(np.maximum(inputs[-1] @ kernel + bias, 0))
     exponentials = np.exp(inputs[-1] @ kernels[-1] + biases[-1])
