@@ -265,7 +265,6 @@ def test_a_source_may_have_figures_of_its_own():
 WITH_MEASURED_FIGURES = {
     "bag_of_tricks",
     "inception_module",
-    "residual_connections",
 }
 
 

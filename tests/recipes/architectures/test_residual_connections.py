@@ -5,7 +5,7 @@ from keras import layers
 
 DEPTHS = [8, 20, 44]
 GENERATOR = np.random.default_rng(0)
-IMAGES = GENERATOR.integers(0, 256, (32, 9, 7, 1)).astype("float32")
+IMAGES = GENERATOR.random((32, 9, 7, 1)).astype("float32")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def change(x, block):
 
 def forward(model, images, residual, skipped=None):
     """Return the logits of a dense model in NumPy, and ‖F(x)‖ / ‖x‖ of each block."""
-    x = images.reshape(len(images), -1) / 255.0 @ array(model.get_layer("stem").layers[-1].kernel)
+    x = images.reshape(len(images), -1) @ array(model.get_layer("stem").layers[-1].kernel)
     ratios = []
     for number in range(1, sum(layer.name.startswith("block_") for layer in model.layers) + 1):
         f = change(x, model.get_layer(f"block_{number}"))
@@ -111,6 +111,7 @@ def test_every_depth_is_tried_with_and_without(recipe):
     assert {name: value[:2] for name, value in recipe.VARIANTS.items()} == {
         f"{kinds[residual]} {depth}": (depth, residual) for residual in (False, True) for depth in DEPTHS
     }
+    assert next(iter(recipe.VARIANTS)) == recipe.HEADLINE.replace("residual", "plain")
 
 
 def test_the_convolutional_network_has_the_three_stages_of_the_paper(recipe):
@@ -139,7 +140,7 @@ def test_skipping_a_block_gives_the_network_without_it_and_its_accuracy(recipe, 
         np.testing.assert_allclose(recipe.accuracies_skipping(model, residual, IMAGES, labels), accuracies)
 
 
-def test_figures_and_signals_are_those_of_the_validation_images(recipe, monkeypatch):
+def test_signals_are_those_of_the_validation_images(recipe, monkeypatch):
     variants = {"plain 8": (8, False, 0.03), "residual 8": (8, True, 0.03)}
     monkeypatch.setattr(recipe, "VARIANTS", variants)
     models = []
@@ -153,17 +154,40 @@ def test_figures_and_signals_are_those_of_the_validation_images(recipe, monkeypa
     monkeypatch.setattr(keras.Model, "fit", fit)
     comparison = recipe.main(limit=50)
     _, (images, labels), _, _ = recipe.load("fashion_mnist_10k", recipe.DATA_DIR, 50)
-    signals = {(signal["variant"], signal["name"]): signal["values"] for signal in comparison.result.signals}
-    for row, model, (_, residual, _) in zip(comparison.summary(), models, variants.values(), strict=True):
-        whole, *skipping = (
+    signals = {(signal["variant"], signal["name"]): signal for signal in comparison.result.signals}
+    for (variant, (_, residual, _)), model in zip(variants.items(), models, strict=True):
+        expected = [
             np.mean(forward(model, images, residual, number)[0].argmax(axis=-1) == labels) for number in (None, 1, 2, 3)
-        )
-        drops = whole - np.array(skipping)
-        assert row["figures"] == pytest.approx(
-            {"training accuracy": 0.75, "skipping: median drop": np.median(drops), "largest drop": drops.max()}
-        )
-        assert signals[row["variant"], "accuracy without one block"] == pytest.approx(skipping)
+        ]
+        skipping = signals[variant, "validation accuracy"]
+        assert skipping["at"] == [0, 1, 2, 3]
+        assert skipping["values"] == pytest.approx(expected)
         if residual:
             _, ratios = forward(model, images, residual)
-            np.testing.assert_allclose(signals[row["variant"], "‖F(x)‖ / ‖x‖"], ratios, rtol=1e-3)
-    assert ("plain 8", "‖F(x)‖ / ‖x‖") not in signals
+            np.testing.assert_allclose(signals[variant, "‖F(x)‖ / ‖x‖"]["values"], ratios, rtol=1e-3)
+    assert len(signals) == 3
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_every_training_has_its_network_and_a_rate_that_falls_to_zero(search, recipe, monkeypatch):
+    seen = []
+
+    def fit(model, *arguments, epochs, callbacks, **keywords):
+        # Without training.
+        schedule = model.optimizer._learning_rate
+        first, last = (float(schedule(step)) for step in (0, 2 * epochs))
+        is_residual = any(isinstance(layer, layers.Add) for layer in model.layers)
+        seen.append((is_residual, pytest.approx(first), pytest.approx(last, abs=1e-9)))
+        run = callbacks[-1]
+        metrics = {"validation" if search else "test": {"accuracy": 0.5}}
+        run.comparison._finish_run(run.variant, run.seed, metrics, {}, [], rate=run.rate)
+
+    monkeypatch.setattr(keras.Model, "fit", fit)
+    monkeypatch.setattr(recipe, "VARIANTS", {"plain 4": (4, False, 0.003), "residual 4": (4, True, 0.001)})
+    monkeypatch.setattr(recipe, "GRID", (0.01, 0.02))
+    comparison = recipe.main(search=search, epochs=2, limit=200)
+    if search:
+        assert seen == [(is_residual, rate, 0.0) for is_residual in (False, True) for rate in recipe.GRID]
+        assert [row["means"].keys() for row in comparison.result.search_summary()] == [{0.01, 0.02}] * 2
+    else:
+        assert seen == [(False, 0.003, 0.0), (True, 0.001, 0.0)]
