@@ -35,7 +35,6 @@ Source: f.
 import os
 import time
 from pathlib import Path
-from pathlib import Path
 
 import cyclopts
 import keras
