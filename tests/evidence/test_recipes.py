@@ -264,7 +264,6 @@ def test_a_source_may_have_figures_of_its_own():
 # Their figures stand on the pages. This list only ever gets shorter.
 WITH_MEASURED_FIGURES = {
     "bag_of_tricks",
-    "inception_module",
 }
 
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-IMAGES = np.random.default_rng(0).integers(0, 256, (8, 13, 10, 1)).astype("float32")
+IMAGES = np.random.default_rng(0).random((8, 13, 10, 1)).astype("float32")
 # The channels of the branches and those of the two reductions, in the order of the module.
 WIDTHS = {"1×1": 16, "3×3": 32, "5×5": 8, "pooling": 8}
 REDUCED_3, REDUCED_5 = 24, 4
@@ -100,7 +100,7 @@ def test_shapes_and_number_of_parameters_are_those_computed_by_hand(recipe, imag
 @pytest.mark.parametrize("image_shape, classes", [((28, 28, 1), 10), ((9, 11, 3), 3)])
 def test_the_other_networks_have_as_many_parameters_to_within_five_per_cent(recipe, image_shape, classes):
     target = parameters_of_network(image_shape[-1], classes)
-    for kernel_sizes in recipe.VARIANTS.values():
+    for kernel_sizes, _ in recipe.VARIANTS.values():
         if kernel_sizes == "inception":
             continue
         filters = recipe.equal_filters(image_shape, classes, kernel_sizes)
@@ -116,7 +116,8 @@ def test_the_other_networks_have_as_many_parameters_to_within_five_per_cent(reci
 
 
 def test_variants_are_the_networks_of_their_names(recipe):
-    assert recipe.VARIANTS == {"3×3": (3,), "1×1": (1,), "5×5": (5,), "1×1, 3×3": (1, 3), "inception": "inception"}
+    kernel_sizes = {variant: sizes for variant, (sizes, _) in recipe.VARIANTS.items()}
+    assert kernel_sizes == {"3×3": (3,), "5×5": (5,), "1×1, 3×3": (1, 3), "inception": "inception"}
     assert tuple(WIDTHS) == recipe.BRANCHES
 
 
@@ -160,13 +161,37 @@ def test_main_trains_networks_of_equal_size_and_reports_shares_before_and_after(
 
     monkeypatch.setattr(recipe, "VARIANTS", {name: recipe.VARIANTS[name] for name in ("3×3", "inception")})
     monkeypatch.setattr(keras.Model, "fit", fit)
-    only_inception = {"3×3": {}, "inception": {"1×1": 1.0, "3×3": 0.0, "5×5": 0.0, "pooling": 0.0}}
     comparison = recipe.main(limit=16)
     for row in comparison.summary():
-        expected = {f"share {name}": share for name, share in only_inception[row["variant"]].items()}
-        assert row["figures"] == pytest.approx({"parameters": models[row["variant"]].count_params()} | expected)
-    signals = {(signal["variant"], signal["name"]): signal["values"] for signal in comparison.result.signals}
-    assert signals == {
+        assert row["figures"] == {"parameters": models[row["variant"]].count_params()}
+    signals = {(signal["variant"], signal["name"]): signal for signal in comparison.result.signals}
+    assert {key: signal["values"] for key, signal in signals.items()} == {
         ("inception", "share before training"): pytest.approx(before),
         ("inception", "share after training"): pytest.approx([1, 0, 0, 0]),
     }
+    assert all(signal["at"] == list(recipe.BRANCHES) for signal in signals.values())
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_every_training_has_its_network_and_a_rate_that_falls_to_zero(search, recipe, monkeypatch):
+    seen = []
+
+    def fit(model, *arguments, epochs, callbacks, **keywords):
+        # Without training.
+        schedule = model.optimizer._learning_rate
+        first, last = (float(schedule(step)) for step in (0, 2 * epochs))
+        is_inception = any(isinstance(layer, layers.Concatenate) for layer in model.layers)
+        seen.append((is_inception, pytest.approx(first), pytest.approx(last, abs=1e-9)))
+        run = callbacks[-1]
+        metrics = {"validation" if search else "test": {"accuracy": 0.5}}
+        run.comparison._finish_run(run.variant, run.seed, metrics, {}, [], rate=run.rate)
+
+    monkeypatch.setattr(keras.Model, "fit", fit)
+    monkeypatch.setattr(recipe, "VARIANTS", {"3×3": ((3,), 0.003), "inception": ("inception", 0.001)})
+    monkeypatch.setattr(recipe, "GRID", (0.01, 0.02))
+    comparison = recipe.main(search=search, epochs=2, limit=200)
+    if search:
+        assert seen == [(is_inception, rate, 0.0) for is_inception in (False, True) for rate in recipe.GRID]
+        assert [row["means"].keys() for row in comparison.result.search_summary()] == [{0.01, 0.02}] * 2
+    else:
+        assert seen == [(False, 0.003, 0.0), (True, 0.001, 0.0)]
