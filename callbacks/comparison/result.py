@@ -303,8 +303,7 @@ class Result:
             means = {rate: statistics.fmean(by_rate.get(rate, [math.nan])) for rate in self.grid}
             known = {rate: mean for rate, mean in means.items() if math.isfinite(mean)}
             top = (max if self.mode == "max" else min)(known.values(), default=None)
-            best = [rate for rate in sorted(known) if known[rate] == top]
-            best = best[len(best) // 2] if best else None
+            best = statistics.median_high(rate for rate in known if known[rate] == top) if known else None
             rows.append(
                 {
                     "variant": variant,
