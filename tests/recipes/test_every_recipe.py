@@ -204,6 +204,16 @@ def test_headline_is_a_literal_that_names_a_variant_and_perhaps_a_figure_of_it(r
 
 
 @same_on_all_backends
+def test_chosen_rates_are_of_one_grid_that_rises(recipe):
+    module = load_module(recipe)
+    if not hasattr(module, "GRID"):
+        pytest.skip("the recipe's variants have no rates of their own")
+    rates = {value[-1] if isinstance(value, tuple) else value for value in module.VARIANTS.values()}
+    assert rates <= set(module.GRID)
+    assert all(np.diff(module.GRID) > 0)
+
+
+@same_on_all_backends
 def test_flags_are_the_common_ones_first(recipe):
     parameters = inspect.signature(load_module(recipe).main).parameters.values()
     assert [parameter.name for parameter in parameters][:6] == [

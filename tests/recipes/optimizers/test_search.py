@@ -1,7 +1,6 @@
 """What rates the recipes of this theme train with, in a comparison and in a search."""
 
 import keras
-import numpy as np
 import pytest
 
 from evidence.recipes import find_recipes
@@ -12,11 +11,6 @@ RECIPES = [recipe.stem for recipe in find_recipes() if recipe.parent.name == "op
 @pytest.fixture(params=RECIPES)
 def recipe(request, import_recipe):
     return import_recipe(f"optimizers/{request.param}")
-
-
-def test_the_chosen_rates_are_of_one_grid(recipe):
-    assert all(rate in recipe.GRID for *_, rate in recipe.VARIANTS.values())
-    assert all(np.diff(recipe.GRID) > 0)
 
 
 @pytest.mark.parametrize("search", [False, True])

@@ -50,7 +50,6 @@ def test_outputs_vary_in_training_only(model):
 def test_baseline_has_no_randomness(import_recipe):
     recipe = import_recipe("regularization/dropout")
     assert [rate for rate, _ in recipe.VARIANTS.values()] == [0.0, 0.2, 0.5, 0.8]
-    assert all(learning_rate in recipe.GRID for _, learning_rate in recipe.VARIANTS.values())
     model = recipe.build_model((8, 8, 1), 5, 0.0)
     np.testing.assert_array_equal(model(IMAGES, training=True), model(IMAGES, training=False))
 

@@ -1,7 +1,6 @@
 """What the searches of this theme train with."""
 
 import keras
-import numpy as np
 import pytest
 
 from evidence.recipes import find_recipes
@@ -14,11 +13,6 @@ RECIPES = [
 @pytest.fixture(params=RECIPES)
 def recipe(request, import_recipe):
     return import_recipe(f"schedules/{request.param}")
-
-
-def test_the_chosen_rates_are_of_one_grid(recipe):
-    assert all(rate in recipe.GRID for *_, rate in recipe.VARIANTS.values())
-    assert all(np.diff(recipe.GRID) > 0)
 
 
 @pytest.mark.parametrize("search", [False, True])
