@@ -1,3 +1,6 @@
+import types
+
+import keras
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -30,6 +33,19 @@ class Unlabelled(Colour):
     SUPERVISED_KEYS = None
 
 
+@pytest.fixture(autouse=True, scope="module")
+def save_the_time_of_optimization():
+    """On JAX, compile without most optimisations: tiny trainings take less time than to optimise them."""
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def colour_images(tmp_path_factory):
     """A folder with the data sets `colour` and `unlabelled`."""
@@ -45,3 +61,25 @@ def interpreter(tmp_path_factory):
     interpreter = Interpreter(tmp_path_factory.mktemp("interpreter"))
     yield interpreter
     interpreter.close()
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Return a function that calls a recipe's main, in which nothing is trained, and gives what it would train."""
+
+    def planned(recipe, **flags):
+        """Return a list of namespaces in the order of training: variant, model, x, and further arguments of `fit`."""
+        found = []
+
+        def fit(model, x, y, *, callbacks, **keywords):
+            *_, run = callbacks
+            found.append(types.SimpleNamespace(variant=run.variant, model=model, x=x, **keywords))
+            metrics = dict.fromkeys(["train", "test"], {"accuracy": 0.5})
+            run.comparison._finish_run(run.variant, run.seed, metrics, {}, [], rate=run.rate)
+            return types.SimpleNamespace(history={"val_accuracy": [0.5], "val_loss": [0.5]})
+
+        monkeypatch.setattr(keras.Model, "fit", fit)
+        recipe.main(**{"limit": 200} | flags)
+        return found
+
+    return planned

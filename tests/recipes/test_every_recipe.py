@@ -10,6 +10,7 @@ import runpy
 import shutil
 import sys
 import traceback
+import types
 from pathlib import Path
 
 import cyclopts
@@ -22,6 +23,9 @@ from evidence.recipes import ROOT, find_recipes, measurements, read_card, seeds_
 from tests.conftest import forget_programs, load_module
 
 LIMIT = 64
+
+# The rates that a search tries here.
+SEARCHED = (0.01, 0.02)
 
 
 # One group a recipe, so that its observed trainings are made by one of the processes that share the tests. The largest
@@ -46,52 +50,54 @@ generated = functools.cache(generated_files)
 
 @pytest.fixture(scope="module")
 def observed(recipe):
-    """Two calls of the recipe's main, the second with one of the seeds and other test data: [(comparison, events)] * 2.
+    """Three calls of the recipe's main.
 
-    The seed that is repeated is not the first one, so that it would show if a run depended on those before it.
+    The second has other test data, and after the baseline, which gives all the same start, the other variants in
+    reversed order: it would show if a run depended on those before it. The third is of the first and last variant, with
+    another seed.
     """
-    with without_optimization():
-        both = [observe(recipe, seeds=[0, 7]), observe(recipe, seeds=[7], replace_test_data=True)]
+    baseline, *others = load_module(recipe).VARIANTS
+    with run_eagerly():
+        calls = [
+            observe(recipe, 7, [baseline, *others]),
+            observe(recipe, 7, [baseline, *reversed(others)], replace_test_data=True),
+            observe(recipe, 0, [baseline, others[-1]]),
+        ]
     forget_programs()
-    return both
+    return calls
 
 
 @contextlib.contextmanager
-def without_optimization():
-    """Save the time of compilation: on TensorFlow models run eagerly, on JAX compiled, without most optimisations.
+def run_eagerly():
+    """On TensorFlow, run models without compiling them, to save the time of that. Graphs remain in their data sets.
 
-    Compiled by TensorFlow, a recipe runs as a script, in the test that it stands alone. Graphs remain in its data sets.
+    Compiled by TensorFlow, a recipe runs as a script, in the test that it stands alone.
     """
-    if keras.backend.backend() == "jax":
-        import jax
+    if not is_tensorflow:
+        yield
+        return
+    import tensorflow as tf
 
-        jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keras.Model, "compile", functools.partialmethod(keras.Model.compile, run_eagerly=True))
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
         try:
             yield
         finally:
-            jax.config.update("jax_disable_most_optimizations", False)
-    else:
-        import tensorflow as tf
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(keras.Model, "compile", functools.partialmethod(keras.Model.compile, run_eagerly=True))
-            tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-            try:
-                yield
-            finally:
-                tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
+            tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
 
 
-def observe(path, seeds, replace_test_data=False):
-    """Run a recipe for one epoch; return its comparison and what happened to models and test data.
+def observe(path, seed, variants, replace_test_data=False, **flags):
+    """Run some variants of a recipe for one epoch; return a namespace of its comparison and of what happened:
 
-    Events are ("start", model, trainable weights), ("end", model, None) and ("test", model, None), in order.
+    events: ("start", model, trainable weights), ("end", model, None) and ("test", model, None), in order.
+    rates: {variant: list of pairs, one for each training: the highest rate, the rate after the last step}.
     """
     # The automatic names of layers, which some callbacks log, begin anew.
     keras.utils.clear_session()
     module = load_module(path)
     load, fit = module.load, keras.Model.fit
-    events, test_data = [], []
+    events, rates, test_data = [], {}, []
 
     def spy_on_load(*arguments, **keywords):
         train, validation, (images, labels), classes = load(*arguments, **keywords)
@@ -105,8 +111,16 @@ def observe(path, seeds, replace_test_data=False):
             events.append(("end", self.model, None))
 
     class Last(keras.callbacks.Callback):
+        def __init__(self, others):
+            super().__init__()
+            self.others = others
+
         def on_train_begin(self, logs=None):
             self.has_begun = False
+            for run in self.others:
+                if hasattr(run, "comparison"):
+                    steps = self.params["epochs"] * self.params["steps"]
+                    rates.setdefault(run.variant, []).append(rates_of(self.model.optimizer, steps, self.others))
 
         def on_train_batch_begin(self, batch, logs=None):
             if not self.has_begun:
@@ -115,7 +129,7 @@ def observe(path, seeds, replace_test_data=False):
                 self.has_begun = True
 
     def spy_on_fit(self, *arguments, callbacks=(), **keywords):
-        return fit(self, *arguments, callbacks=[First(), *callbacks, Last()], **keywords)
+        return fit(self, *arguments, callbacks=[First(), *callbacks, Last(callbacks)], **keywords)
 
     def spy_on_use(method):
         def use(self, x=None, *arguments, **keywords):
@@ -127,46 +141,62 @@ def observe(path, seeds, replace_test_data=False):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "load", spy_on_load)
+        patch.setattr(module, "VARIANTS", {variant: module.VARIANTS[variant] for variant in variants})
         patch.setattr(keras.Model, "fit", spy_on_fit)
         for name in ("evaluate", "predict"):
             patch.setattr(keras.Model, name, spy_on_use(getattr(keras.Model, name)))
-        return module.main(epochs=1, seeds=seeds, limit=LIMIT), events
+        if "search" in flags:
+            patch.setattr(module, "GRID", SEARCHED)
+        comparison = module.main(epochs=1, seeds=[seed], limit=LIMIT, **flags)
+    return types.SimpleNamespace(comparison=comparison, events=events, rates=rates)
+
+
+def rates_of(optimizer, steps, callbacks):
+    """Return the highest learning rate of a training, and the rate after its last step."""
+    for callback in callbacks:
+        if hasattr(callback, "peak"):
+            return callback.peak, 0.0
+    # Not the property, which makes a variable of a schedule.
+    rate = optimizer.get_config()["learning_rate"]
+    if not isinstance(rate, dict):
+        return rate, rate
+    schedule = keras.optimizers.schedules.deserialize(rate)
+    values = [float(schedule(step)) for step in range(steps + 1)]
+    return max(values), values[-1]
 
 
 @smoke_elsewhere
 def test_runs_and_gives_figures_that_are_finite_or_marked_as_diverged(recipe, observed):
-    comparison, _ = observed[0]
+    comparison = observed[0].comparison
     rows = comparison.summary()
     assert len(rows) >= 2
-    assert all(row["seeds"] == 2 for row in rows)
     assert all(row["diverged"] or math.isfinite(row["mean"]) for row in rows)
     assert rows[0]["variant"] == comparison.baseline == next(iter(load_module(recipe).VARIANTS))
 
 
 def test_every_run_has_a_new_model(observed):
-    started = [model for kind, model, _ in observed[0][1] if kind == "start"]
+    started = [model for kind, model, _ in observed[0].events if kind == "start"]
     assert len({id(model) for model in started}) == len(started)
 
 
 def test_variants_of_a_seed_start_equal(observed):
-    comparison, events = observed[0]
-    if not comparison.result.same_start:
+    call, _, call_of_another_seed = observed
+    if not call.comparison.result.same_start:
         pytest.skip("the recipe's variants differ in shape, or their start is the subject")
-    starts = [weights for kind, _, weights in events if kind == "start"]
-    assert len(starts) == len(comparison.result.runs)
-    first_of_seed = {}
-    for run, start in zip(comparison.result.runs, starts, strict=True):
-        expected = first_of_seed.setdefault(run["seed"], start)
-        for weight, expected_weight in zip(start, expected, strict=True):
+    starts, others = [
+        [weights for kind, _, weights in each.events if kind == "start"] for each in (call, call_of_another_seed)
+    ]
+    assert len(starts) == len(call.comparison.result.runs)
+    for start in starts[1:]:
+        for weight, expected_weight in zip(start, starts[0], strict=True):
             np.testing.assert_array_equal(weight, expected_weight)
-    first, second = first_of_seed.values()
-    assert not all(map(np.array_equal, first, second)), "all seeds start equal"
+    assert not all(map(np.array_equal, starts[0], others[0])), "all seeds start equal"
 
 
 def test_test_data_is_used_once_after_training(observed):
-    for _, events in observed:
+    for call in observed:
         in_training, used = set(), set()
-        for kind, model, _ in events:
+        for kind, model, _ in call.events:
             if kind == "start":
                 in_training.add(id(model))
             elif kind == "end":
@@ -179,9 +209,9 @@ def test_test_data_is_used_once_after_training(observed):
 
 
 def test_test_data_changes_nothing_but_test_figures_and_a_seed_repeats(observed):
-    runs = [{(run["variant"], run["seed"]): run for run in comparison.result.runs} for comparison, _ in observed]
-    assert list(runs[1]) == [(variant, seed) for variant, seed in runs[0] if seed == 7]
-    pairs = [(runs[0][key], runs[1][key]) for key in runs[1]]
+    runs = [{run["variant"]: run for run in call.comparison.result.runs} for call in observed[:2]]
+    assert runs[0].keys() == runs[1].keys()
+    pairs = [(runs[0][variant], runs[1][variant]) for variant in runs[0]]
     for first, second in pairs:
         # Without the names, which may be those of layers: they are numbered on from seed to seed.
         np.testing.assert_equal(list(first["curve"].values()), list(second["curve"].values()))
@@ -198,9 +228,41 @@ def test_headline_is_a_literal_that_names_a_variant_and_perhaps_a_figure_of_it(r
     variant, *figures = [headline] if isinstance(headline, str) else headline
     names = list(load_module(recipe).VARIANTS)
     assert variant in names[1:], "the baseline answers nothing"
-    added = {entry["name"] for entry in observed[0][0].result.figures if entry["variant"] == variant}
+    added = {entry["name"] for entry in observed[0].comparison.result.figures if entry["variant"] == variant}
     assert len(figures) <= 1
     assert added.issuperset(figures)
+
+
+def test_every_training_has_the_rate_of_its_variant_which_falls_to_zero(recipe, observed):
+    module = load_module(recipe)
+    if not hasattr(module, "GRID"):
+        pytest.skip("the recipe's variants have no rates of their own")
+    for variant, value in module.VARIANTS.items():
+        # An ensemble adds its runs without training that one model.
+        for highest, last in observed[0].rates.get(variant, []):
+            assert highest == pytest.approx(value[-1] if isinstance(value, tuple) else value)
+            assert last == pytest.approx(0, abs=1e-9) or may_end_at_a_constant_rate(recipe)
+
+
+def test_search_tries_each_rate_on_validation_data(recipe):
+    module = load_module(recipe)
+    if "search" not in inspect.signature(module.main).parameters:
+        pytest.skip("the recipe's variants have no rates of their own")
+    first, *_, last = module.VARIANTS
+    with run_eagerly():
+        call = observe(recipe, 7, [first, last], search=True)
+    forget_programs()
+    assert all(kind != "test" for kind, _, _ in call.events)
+    assert all(run["metrics"].keys() == {"validation"} for run in call.comparison.result.runs)
+    assert call.rates
+    for rates in call.rates.values():
+        assert [highest for highest, _ in rates] == pytest.approx(SEARCHED)
+        assert [end for _, end in rates] == pytest.approx([0, 0], abs=1e-9) or may_end_at_a_constant_rate(recipe)
+
+
+def may_end_at_a_constant_rate(recipe):
+    """Return whether the rate, its schedule, averaging, or the end of training is what the recipe is about."""
+    return recipe.parent.name in ("schedules", "averaging") or recipe.stem == "early_stopping"
 
 
 @same_on_all_backends

@@ -170,28 +170,3 @@ def test_main_trains_networks_of_equal_size_and_reports_shares_before_and_after(
         ("inception", "share after training"): pytest.approx([1, 0, 0, 0]),
     }
     assert all(signal["at"] == list(recipe.BRANCHES) for signal in signals.values())
-
-
-@pytest.mark.parametrize("search", [False, True])
-def test_every_training_has_its_network_and_a_rate_that_falls_to_zero(search, recipe, monkeypatch):
-    seen = []
-
-    def fit(model, *arguments, epochs, callbacks, **keywords):
-        # Without training.
-        schedule = model.optimizer._learning_rate
-        first, last = (float(schedule(step)) for step in (0, 2 * epochs))
-        is_inception = any(isinstance(layer, layers.Concatenate) for layer in model.layers)
-        seen.append((is_inception, pytest.approx(first), pytest.approx(last, abs=1e-9)))
-        run = callbacks[-1]
-        metrics = {"validation" if search else "test": {"accuracy": 0.5}}
-        run.comparison._finish_run(run.variant, run.seed, metrics, {}, [], rate=run.rate)
-
-    monkeypatch.setattr(keras.Model, "fit", fit)
-    monkeypatch.setattr(recipe, "VARIANTS", {"3×3": ((3,), 0.003), "inception": ("inception", 0.001)})
-    monkeypatch.setattr(recipe, "GRID", (0.01, 0.02))
-    comparison = recipe.main(search=search, epochs=2, limit=200)
-    if search:
-        assert seen == [(is_inception, rate, 0.0) for is_inception in (False, True) for rate in recipe.GRID]
-        assert [row["means"].keys() for row in comparison.result.search_summary()] == [{0.01, 0.02}] * 2
-    else:
-        assert seen == [(False, 0.003, 0.0), (True, 0.001, 0.0)]

@@ -138,27 +138,3 @@ def test_gradient_vanishes_with_sigmoid_alone(recipe):
     assert all(0.2 < ratio < 5 for ratio in others)
     expected = dict.fromkeys(recipe.VARIANTS, np.sqrt(1 / 128)) | {"ReLU, He": np.sqrt(2 / 128)}
     assert deviations == pytest.approx(expected, rel=0.03)
-
-
-@pytest.mark.parametrize("search", [False, True])
-def test_every_training_has_its_network_and_a_rate_that_falls_to_zero(search, recipe, monkeypatch):
-    fit, seen = keras.Model.fit, []
-
-    def spy(model, *arguments, **keywords):
-        schedule = model.optimizer._learning_rate
-        first, last = (float(schedule(step)) for step in (0, 2 * keywords["epochs"]))
-        activation = model.layers[3].activation.__name__
-        seen.append((activation, pytest.approx(first), pytest.approx(last, abs=1e-9)))
-        return fit(model, *arguments, **keywords)
-
-    monkeypatch.setattr(keras.Model, "fit", spy)
-    variants = {name: recipe.VARIANTS[name] for name in ("sigmoid", "ReLU, He")}
-    monkeypatch.setattr(recipe, "VARIANTS", variants)
-    monkeypatch.setattr(recipe, "GRID", (0.01, 0.02))
-    recipe.main(search=search, epochs=1, limit=200)
-    expected = [
-        (activation, tried, 0.0)
-        for activation, _, _, rate in variants.values()
-        for tried in (recipe.GRID if search else [rate])
-    ]
-    assert seen == expected

@@ -176,30 +176,3 @@ def test_near_zero_counts_the_weights_of_all_kernels_and_no_biases(recipe):
     last.kernel.assign(kernel)
     first.kernel.assign(np.full((16, 128), -0.0005))
     assert recipe.near_zero(model) == pytest.approx((100 + 16 * 128) / (16 * 128 + 128 * 128 + 128 * 5))
-
-
-@pytest.mark.parametrize("search", [False, True])
-def test_every_training_has_its_penalty_and_a_rate_that_falls_to_zero(search, recipe, monkeypatch):
-    variants = {"no penalty": ({}, 0.003), "L2": ({"regularizer": keras.regularizers.L2(0.5)}, 0.001)}
-    seen = []
-
-    def fit(model, *arguments, epochs, callbacks, **keywords):
-        # Without training.
-        schedule = model.optimizer._learning_rate
-        first, last = (float(schedule(step)) for step in (0, 2 * epochs))
-        l2 = float(getattr(dense_layers(model)[0].kernel_regularizer, "l2", 0))
-        seen.append((l2, pytest.approx(first), pytest.approx(last, abs=1e-9)))
-        run = callbacks[-1]
-        metrics = {"validation" if search else "test": {"accuracy": 0.5}}
-        run.comparison._finish_run(run.variant, run.seed, metrics, {}, [], rate=run.rate)
-
-    monkeypatch.setattr(keras.Model, "fit", fit)
-    monkeypatch.setattr(recipe, "VARIANTS", variants)
-    monkeypatch.setattr(recipe, "GRID", (0.01, 0.02))
-    comparison = recipe.main(search=search, epochs=2, limit=200)
-    if search:
-        assert seen == [(l2, rate, 0.0) for l2 in (0.0, 0.5) for rate in recipe.GRID]
-        assert [row["means"].keys() for row in comparison.result.search_summary()] == [{0.01, 0.02}] * 2
-    else:
-        assert seen == [(0.0, 0.003, 0.0), (0.5, 0.001, 0.0)]
-        assert {entry["name"] for entry in comparison.result.figures} == set(comparison.result.columns)
