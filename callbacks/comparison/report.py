@@ -316,8 +316,10 @@ def _number(value, sign="-"):
 
 
 def _figure_cell(value):
-    is_whole = value is not None and abs(value) < 1e6 and value == int(value)
-    return f"{value:.0f}" if is_whole else _number(value)
+    if value is not None and abs(value) < 1e6 and value == int(value):
+        return f"{value:.0f}"
+    # Four digits are enough of seconds.
+    return f"{value:#.4g}" if value is not None and 1 <= abs(value) < 1e3 else _number(value)
 
 
 def _with_interval(value, half_width, sign="-"):
