@@ -261,19 +261,9 @@ def test_a_source_may_have_figures_of_its_own():
     assert measured_figures(prose_of_card(card)) == []
 
 
-# Their figures stand on the pages. This list only ever gets shorter.
-WITH_MEASURED_FIGURES = {
-    "bag_of_tricks",
-}
-
-
 @pytest.mark.parametrize("path", find_recipes(), ids=lambda path: path.stem)
 def test_card_holds_no_measured_figure(path):
-    found = measured_figures(prose_of_card(read_card(path)))
-    if path.stem in WITH_MEASURED_FIGURES:
-        assert found, f"{path.stem} is mended: take it off the list"
-    else:
-        assert not found, "figures belong into results, and the pages show them"
+    assert not measured_figures(prose_of_card(read_card(path))), "figures belong into results, and the pages show them"
 
 
 def prose_of_code(path):
@@ -287,8 +277,7 @@ def prose_of_code(path):
 
 @pytest.mark.parametrize("path", find_recipes(), ids=lambda path: path.stem)
 def test_comments_hold_no_measured_figure(path):
-    if path.stem not in WITH_MEASURED_FIGURES:
-        assert not measured_figures(prose_of_code(path)), "figures belong into results, and the pages show them"
+    assert not measured_figures(prose_of_code(path)), "figures belong into results, and the pages show them"
 
 
 @pytest.mark.parametrize(

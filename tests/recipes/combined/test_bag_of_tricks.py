@@ -1,12 +1,13 @@
 import types
 
+import cyclopts
 import keras
 import numpy as np
 import pytest
 from keras import layers
 
 GENERATOR = np.random.default_rng(0)
-IMAGES = GENERATOR.integers(0, 256, (12, 13, 10, 1)).astype("float32")
+IMAGES = GENERATOR.uniform(0, 1, (12, 13, 10, 1)).astype("float32")
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def array(tensor):
 def build(recipe, tricks):
     """Return a combined model whose statistics and scales are none of those it starts with."""
     keras.utils.set_random_seed(0)
-    model = recipe.build_model(IMAGES.shape[1:], 5, tricks)
+    model = recipe.build_model(IMAGES, 5, tricks)
     generator = np.random.default_rng(1)
     for layer in model.layers:
         if isinstance(layer, layers.BatchNormalization):
@@ -52,24 +53,25 @@ def logits_of(model, images, normalized):
     """Return the logits of a combined model, in NumPy; Keras's ε is 1e-3."""
     normalizations = [layer for layer in model.layers if isinstance(layer, layers.BatchNormalization)]
     convolutions = [layer for layer in model.layers if isinstance(layer, layers.Conv2D)]
-    assert [layer.kernel.shape[0] for layer in convolutions] == [5, 3, 3]
-    x = images.astype("float64") / 127.5 - 1
+    assert [layer.kernel.shape[0] for layer in convolutions] in ([5, 3, 3], [5, 1, 3, 3])
+    x = images.astype("float64")
     for index, layer in enumerate(convolutions):
-        x = convolution(x if index == 0 else pooling(x), array(layer.kernel), stride=2 if index == 0 else 1)
+        kernel = array(layer.kernel)
+        x = convolution(pooling(x) if len(kernel) == 3 else x, kernel, stride=2 if index == 0 else 1)
         if normalized:
             gamma, beta, mean, variance = (array(weight) for weight in normalizations[index].weights)
             x = gamma * (x - mean) / np.sqrt(variance + 1e-3) + beta
-        else:
+        elif layer.use_bias:
             x = x + array(layer.bias)
         x = np.maximum(x, 0)
     last = model.layers[-1]
     return x.max(axis=(1, 2)) @ array(last.kernel) + array(last.bias)
 
 
+@pytest.mark.parametrize("whitened", [True, False])
 @pytest.mark.parametrize("normalized", [True, False])
-def test_logits_are_those_of_the_formula(recipe, normalized):
-    tricks = [trick for trick in recipe.TRICKS if normalized or trick != "batch normalization"]
-    model = build(recipe, tricks)
+def test_logits_are_those_of_the_formula(recipe, normalized, whitened):
+    model = build(recipe, ["batch normalization"] * normalized + ["whitening"] * whitened + ["mirroring"])
     np.testing.assert_allclose(
         array(model(IMAGES, training=False)), logits_of(model, IMAGES, normalized), rtol=1e-3, atol=1e-4
     )
@@ -79,7 +81,7 @@ def test_logits_are_those_of_the_formula(recipe, normalized):
 def test_batch_normalization_normalizes_by_the_batch_in_training(recipe):
     model = build(recipe, ["batch normalization"])
     normalization = next(layer for layer in model.layers if isinstance(layer, layers.BatchNormalization))
-    x = convolution(IMAGES / 127.5 - 1, array(model.layers[2].kernel), stride=2)
+    x = convolution(IMAGES, array(model.layers[1].kernel), stride=2)
     start = array(normalization.moving_mean)
     model(IMAGES, training=True)
     np.testing.assert_allclose(
@@ -87,7 +89,38 @@ def test_batch_normalization_normalizes_by_the_batch_in_training(recipe):
     )
 
 
-@pytest.mark.parametrize("tricks", [[], ["mirroring"]])
+def patches_of(images):
+    windows = np.lib.stride_tricks.sliding_window_view(images, (5, 5), axis=(1, 2))[:, ::2, ::2]
+    return windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, 25 * images.shape[-1])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_whitening_gives_patches_values_that_are_uncorrelated_and_of_variance_1_where_there_is_some(recipe, channels):
+    # Smooth images, so that neighbouring pixels are correlated.
+    images = np.cumsum(GENERATOR.normal(size=(40, 12, 11, channels)), axis=2).astype("float32")
+    kernel = recipe.whitening_kernel(images)
+    assert kernel.shape == (5, 5, channels, 50 * channels)
+    values = patches_of(images) @ kernel.reshape(25 * channels, -1)
+    half = 25 * channels
+    np.testing.assert_allclose(values[:, half:], -values[:, :half])
+    covariance = np.cov(values[:, :half], rowvar=False)
+    eigenvalues = np.linalg.eigvalsh(np.cov(patches_of(images), rowvar=False))
+    expected = eigenvalues / (eigenvalues + eigenvalues[-1] / 100)
+    assert expected[0] < 0.9 < 0.99 < expected[-1]
+    np.testing.assert_allclose(covariance, np.diag(expected), atol=1e-4)
+
+
+def test_the_whitening_layer_has_the_kernel_of_the_first_images_and_is_not_trained(recipe):
+    images = np.concatenate([GENERATOR.random((1000, 9, 8, 1)), np.zeros((50, 9, 8, 1))]).astype("float32")
+    model = recipe.build_model(images, 5, recipe.TRICKS + ["alternation", "whitening"])
+    whitening, *others = [layer for layer in model.layers if isinstance(layer, layers.Conv2D)]
+    np.testing.assert_allclose(array(whitening.kernel), recipe.whitening_kernel(images[:1000]), rtol=1e-4, atol=1e-5)
+    assert whitening.strides == (2, 2)
+    assert not whitening.trainable_variables
+    assert all(layer.trainable_variables for layer in others)
+
+
+@pytest.mark.parametrize("tricks", [[], ["mirroring"], ["mirroring", "alternation"]])
 def test_mirroring_shows_about_half_of_the_images_mirrored_and_only_in_training(recipe, tricks):
     model = build(recipe, tricks)
     plain, mirrored = array(model(IMAGES, training=False)), array(model(IMAGES[:, :, ::-1], training=False))
@@ -95,7 +128,7 @@ def test_mirroring_shows_about_half_of_the_images_mirrored_and_only_in_training(
     is_plain = np.isclose(trained, plain, rtol=1e-4, atol=1e-5).all(axis=-1)
     is_mirrored = np.isclose(trained, mirrored, rtol=1e-4, atol=1e-5).all(axis=-1)
     assert (is_plain != is_mirrored).all()
-    if tricks:
+    if tricks == ["mirroring"]:
         assert 0.3 < is_mirrored.mean() < 0.7
     else:
         assert is_plain.all()
@@ -118,11 +151,13 @@ def test_the_rate_rises_for_a_fifth_of_the_steps_and_falls_along_a_cosine(recipe
     rest = 50 - len(rise)
     fall = 0.2 * (1 + np.cos(np.pi * np.arange(rest) / rest)) if cosine else np.full(rest, 0.4)
     expected = np.concatenate([rise, fall])
-    np.testing.assert_allclose(rates(recipe.build_optimizer(tricks, 50), 50), expected, rtol=1e-4, atol=1e-6)
+    for network in ("tutorial", "combined"):
+        found = rates(recipe.build_optimizer(network, tricks, 50, 0.4), 50)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_steps_are_those_of_nesterov_momentum(recipe):
-    optimizer = recipe.build_optimizer([], 100)
+    optimizer = recipe.build_optimizer("combined", [], 100, 0.4)
     weight, expected, velocity = keras.Variable(np.ones(5)), np.ones(5), np.zeros(5)
     optimizer.build([weight])
     for _ in range(3):
@@ -135,7 +170,7 @@ def test_steps_are_those_of_nesterov_momentum(recipe):
 
 def test_the_tutorial_model_is_the_one_that_is_taught(recipe):
     model = recipe.build_tutorial_model((28, 28, 1), 10)
-    kinds = ["InputLayer", "Rescaling", *["Conv2D", "MaxPooling2D"] * 2, "Flatten", "Dropout", "Dense"]
+    kinds = ["InputLayer", *["Conv2D", "MaxPooling2D"] * 2, "Flatten", "Dropout", "Dense"]
     assert [type(layer).__name__ for layer in model.layers] == kinds
     assert model.get_layer(index=-2).rate == 0.5
     # The figure of "Simple MNIST convnet" on keras.io, which has the same layers.
@@ -164,15 +199,53 @@ def test_batches_hold_each_image_once_with_its_label_and_are_shuffled_anew(recip
     assert not dataset.options().autotune.enabled
 
 
+def test_alternating_batches_mirror_each_image_in_every_other_epoch_and_are_shuffled_anew(recipe):
+    images, labels = np.random.default_rng(1).random((301, 2, 3, 1)).astype("float32"), np.arange(301)
+    keras.utils.set_random_seed(0)
+    dataset = recipe.alternating_batches(images, labels)
+    assert len(dataset) == 3
+    assert not dataset.options().autotune.enabled
+    flips, orders = [], []
+    for _ in range(4):
+        epoch = [tuple(map(np.asarray, batch)) for batch in dataset]
+        assert [len(batch) for batch, _ in epoch] == [128, 128, 45]
+        seen, order = (np.concatenate(parts) for parts in zip(*epoch, strict=True))
+        assert sorted(order) == list(range(301))
+        flipped = np.empty(301, bool)
+        flipped[order] = (seen != images[order]).any(axis=(1, 2, 3))
+        np.testing.assert_array_equal(
+            seen, np.where(flipped[order, None, None, None], images[order, :, ::-1], images[order])
+        )
+        flips.append(flipped)
+        orders.append(order)
+    assert flips[0].sum() == 151
+    np.testing.assert_array_equal(flips[0], ~flips[1])
+    np.testing.assert_array_equal(flips[:2], flips[2:])
+    assert not np.array_equal(orders[0], orders[1])
+
+
 def test_the_ablation_leaves_out_each_trick_in_turn(recipe):
-    whole, share = recipe.ABLATION["combined"]
-    assert (whole, share) == recipe.VARIANTS["combined"]
-    assert recipe.VARIANTS["tutorial"] == ([], 1)
-    assert list(recipe.ABLATION) == ["combined", *(f"no {trick}" for trick in recipe.TRICKS)]
-    for trick in recipe.TRICKS:
-        tricks, own_share = recipe.ABLATION[f"no {trick}"]
-        assert own_share == share
-        assert sorted([*tricks, trick]) == sorted(whole) == sorted(recipe.TRICKS)
+    network, whole, share, rate = recipe.VARIANTS["combined"]
+    ablation = recipe.without_each_trick()
+    assert ablation.pop("combined") == recipe.VARIANTS["combined"]
+    assert whole == recipe.TRICKS + recipe.TRICKS_OF_LONG_TRAINING
+    assert list(ablation) == [f"no {trick}" for trick in whole]
+    for trick, (own_network, tricks, own_share, own_rate) in zip(whole, ablation.values(), strict=True):
+        assert (own_network, own_share, own_rate) == (network, share, rate)
+        assert sorted([*tricks, trick]) == sorted(whole)
+
+
+def test_the_tutorial_has_no_trick_and_its_rate(recipe):
+    assert recipe.VARIANTS["tutorial"] == ("tutorial", [], 1, 0.001)
+
+
+def test_ablation_and_search_exclude_each_other(recipe, capsys):
+    app = cyclopts.App(default_command=recipe.main, result_action="return_value")
+    with pytest.raises(SystemExit) as caught:
+        app(["--ablate", "--search"])
+    assert caught.value.code == 2
+    assert "--ablate" in (error := capsys.readouterr().err)
+    assert "--search" in error
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["variants", "ablation"])
@@ -195,13 +268,14 @@ def test_the_two_views_have_rows_of_their_own_but_not_in_the_ablation(recipe, tr
     _, comparison, ablate = trained
     rows = {row["variant"] for row in comparison.summary()}
     views = {"combined, 1/5 time, 2 views", "combined, 2 views"}
-    assert rows == (set(recipe.ABLATION) if ablate else {"tutorial", "combined, 1/5 time", "combined"} | views)
+    assert rows == (set(recipe.without_each_trick()) if ablate else set(recipe.VARIANTS) | views)
 
 
 def test_variants_train_for_their_share_of_the_epochs(recipe, trained):
     found, comparison, ablate = trained
-    shares = dict.fromkeys(recipe.ABLATION, 18)
-    expected = shares if ablate else {"tutorial": 15, "combined, 1/5 time": 4, "combined": 18}
+    expected = {"tutorial": 15, "tutorial, cosine": 15, "combined, 1/5 time": 4, "combined": 14}
+    if ablate:
+        expected = dict.fromkeys(recipe.without_each_trick(), 14)
     assert {variant: fit.epochs for variant, fit in found.items()} == expected
     for row in comparison.summary():
         if "2 views" not in row["variant"]:
@@ -210,33 +284,57 @@ def test_variants_train_for_their_share_of_the_epochs(recipe, trained):
 
 def test_the_schedule_is_as_long_as_the_training(recipe, trained):
     for variant, fit in trained[0].items():
-        if variant == "tutorial":
-            assert type(fit.model.optimizer) is keras.optimizers.Adam
-            assert float(array(fit.model.optimizer.learning_rate)) == pytest.approx(0.001)
-            continue
-        assert type(fit.model.optimizer) is keras.optimizers.SGD
+        network, tricks, _, rate = (recipe.VARIANTS | recipe.without_each_trick())[variant]
+        assert type(fit.model.optimizer) is (keras.optimizers.Adam if network == "tutorial" else keras.optimizers.SGD)
         steps = 3 * fit.epochs
-        tricks = recipe.ABLATION.get(variant, [recipe.TRICKS])[0]
-        expected = rates(recipe.build_optimizer(tricks, steps), steps)
-        np.testing.assert_allclose(rates(fit.model.optimizer, steps), expected, rtol=1e-6)
         assert len(fit.batches) == 3
+        found = rates(fit.model.optimizer, steps + 1)
+        if "cosine" in tricks:
+            assert found[-2] < 0.1 * rate
+            assert found[-1] == pytest.approx(0, abs=1e-6)
+        else:
+            assert found[-1] == pytest.approx(rate)
+        assert found[0] == (0 if "warm-up" in tricks else pytest.approx(rate))
+        assert max(found) == pytest.approx(rate, rel=0.05)
+
+
+def test_images_are_mirrored_at_random_in_the_model_or_in_turn_in_the_batches(recipe, trained):
+    for variant, fit in trained[0].items():
+        at_random = any(isinstance(layer, layers.RandomFlip) for layer in fit.model.layers)
+        assert at_random == (variant in ("combined, 1/5 time", "no alternation"))
+        first, second = ({np.asarray(image).tobytes() for batch, _ in fit.batches for image in batch} for _ in range(2))
+        alternates = not variant.startswith("tutorial") and not at_random and variant != "no mirroring"
+        assert (first != second) == alternates
 
 
 def test_label_smoothing_and_steps_per_execution_are_where_they_should_be(recipe, trained):
     logits, labels = np.array([[2.0, -1.0, 0.5]]), np.array([[0.0, 1.0, 0.0]])
     log_softmax = logits - np.log(np.exp(logits).sum())
     for variant, fit in trained[0].items():
-        tricks = recipe.VARIANTS.get(variant) or recipe.ABLATION.get(variant)
-        smoothing = 0.1 if "label smoothing" in tricks[0] else 0.0
-        assert ("label smoothing" in tricks[0]) == (variant not in ("tutorial", "no label smoothing"))
+        taught = variant.startswith("tutorial")
+        smoothing = 0.0 if taught or variant == "no label smoothing" else 0.1
         expected = -(((1 - smoothing) * labels + smoothing / 3) * log_softmax).sum()
         assert float(array(fit.model.loss(labels, logits))) == pytest.approx(expected, rel=1e-5)
-        several = variant not in ("tutorial", "no steps per execution")
-        assert fit.model.steps_per_execution == (32 if several else 1)
+        several = not taught and variant != "no steps per execution"
+        assert fit.model.steps_per_execution == (min(3, recipe.STEPS_PER_CALL) if several else 1)
+
+
+def test_the_search_leaves_the_rate_that_is_taught_alone(recipe, monkeypatch):
+    found = []
+
+    def fit(model, *arguments, callbacks, **keywords):
+        (run,) = callbacks
+        found.append(run.variant)
+        run.comparison._finish_run(run.variant, run.seed, {"validation": {"accuracy": 0.5}}, {}, [2.0], rate=run.rate)
+
+    monkeypatch.setattr(keras.Model, "fit", fit)
+    monkeypatch.setattr(recipe, "GRID", (0.1, 0.2))
+    recipe.main(limit=300, epochs=1, search=True)
+    assert found == [name for name in recipe.VARIANTS if name != "tutorial" for _ in range(2)]
 
 
 def test_two_views_are_the_mean_of_the_logits_of_the_image_and_its_mirror_image(recipe):
-    model = build(recipe, recipe.TRICKS)
+    model = build(recipe, recipe.VARIANTS["combined"][1])
     expected = (array(model(IMAGES, training=False)) + array(model(IMAGES[:, :, ::-1], training=False))) / 2
     np.testing.assert_allclose(
         array(recipe.with_two_views(model)(IMAGES, training=False)), expected, rtol=1e-4, atol=1e-5
