@@ -22,8 +22,9 @@ Change: the network, the optimizer, and `compile`, where `labels` are one-hot an
     model.compile(optimizer, loss, metrics=["accuracy"], steps_per_execution=32)
 
 Look for: the seconds beside the differences, in a fifth of the tutorial's time and in about the same. "tutorial,
-cosine" tells how much is the falling rate alone. `--ablate` leaves out one trick after the other: see which of them
-carry the whole, and which are lost in the noise. On other images another one may carry it.
+cosine" tells how much is the falling rate alone. `--ablate` leaves out one trick after the other, at the rate that is
+best with all: see which of them carry the whole, and which are lost in the noise. Some are there so that the rate can
+be as high as that. On other images another one may carry it.
 
 Cost: the rate and the smoothing as hyper-parameters; the length of the training, which must be known beforehand; twice
 the time of prediction for 2 views. Mirroring is for images whose mirror images have the same class: not for digits.
