@@ -91,7 +91,7 @@ def _figure_of_comparison(result):
     names = {variant: _label(display_name(variant)) for variant in runs if variant in drawn}
     handles = [Line2D([], [], label=label, **lines[variant]) for variant, label in names.items()]
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), columns + 1), frameon=False)
+        _add_legend(figure, handles, columns + 1)
     return figure
 
 
@@ -223,8 +223,17 @@ def _figure_of_search(result):
     direction = "lower" if result.mode == "min" else "higher"
     axes.set(xlabel="rate", ylabel=_label(textwrap.fill(f"{result.split} {result.metric} ({direction} is better)", 30)))
     axes.set_title("mean over seeds by rate; large dots: the best")
-    figure.legend(loc="outside lower center", ncols=min(len(rows), 3), frameon=False)
+    _add_legend(figure, axes.get_legend_handles_labels()[0], 3)
     return figure
+
+
+def _add_legend(figure, handles, columns):
+    """Add a legend below all panels, in so many columns at most as the figure is wide enough for."""
+    for ncols in range(min(len(handles), columns), 0, -1):
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False)
+        if ncols == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def _label(text):

@@ -99,6 +99,18 @@ def test_fourteen_variants_can_be_told_apart():
     assert drawn == looks
 
 
+@pytest.mark.parametrize("letters, columns", [(2, 3), (24, 2), (60, 1)])
+def test_legend_has_as_many_columns_as_the_figure_is_wide_enough_for(letters, columns):
+    names = ["a", *(letter * letters for letter in "bcdef")]
+    curves = {"accuracy": [0.1, 0.3], "val_accuracy": [0.2, 0.4]}
+    figure = draw(new_result({name: [0.5, 0.6] for name in names}, curves))
+    (legend,) = figure.legends
+    assert legend._ncols == columns
+    figure.draw_without_rendering()
+    assert legend.get_window_extent().x0 >= 0
+    assert legend.get_window_extent().x1 <= figure.bbox.width
+
+
 def test_variants_without_a_curve_are_not_in_the_legend():
     result = new_result({"a": [0.5], "b": [0.6], "c": [0.7]}, {"val_accuracy": [0.2, 0.4]})
     result.runs[2]["curve"] = {}
