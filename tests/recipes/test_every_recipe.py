@@ -91,7 +91,7 @@ def observe(path, seed, variants, replace_test_data=False, **flags):
     """Run some variants of a recipe for one epoch; return a namespace of its comparison and of what happened:
 
     events: ("start", model, trainable weights), ("end", model, None) and ("test", model, None), in order.
-    rates: {variant: list of pairs, one for each training: the highest rate, the rate after the last step}.
+    rates: {variant: list of triples, one for each training: the highest rate, that of the last step, that after it}.
     """
     # The automatic names of layers, which some callbacks log, begin anew.
     keras.utils.clear_session()
@@ -152,17 +152,17 @@ def observe(path, seed, variants, replace_test_data=False, **flags):
 
 
 def rates_of(optimizer, steps, callbacks):
-    """Return the highest learning rate of a training, and the rate after its last step."""
+    """Return the highest learning rate of a training, that of its last step, and that after it."""
     for callback in callbacks:
         if hasattr(callback, "peak"):
-            return callback.peak, 0.0
+            return callback.peak, callback.peak, 0.0
     # Not the property, which makes a variable of a schedule.
     rate = optimizer.get_config()["learning_rate"]
     if not isinstance(rate, dict):
-        return rate, rate
+        return rate, rate, rate
     schedule = keras.optimizers.schedules.deserialize(rate)
     values = [float(schedule(step)) for step in range(steps + 1)]
-    return max(values), values[-1]
+    return max(values), values[-2], values[-1]
 
 
 @smoke_elsewhere
@@ -237,11 +237,13 @@ def test_every_training_has_the_rate_of_its_variant_which_falls_to_zero(recipe, 
     module = load_module(recipe)
     if not hasattr(module, "GRID"):
         pytest.skip("the recipe's variants have no rates of their own")
+    # An ensemble adds its runs itself, each being several trainings.
+    assert observed[0].rates.keys() >= module.VARIANTS.keys() or recipe.stem == "ensemble"
     for variant, value in module.VARIANTS.items():
-        # An ensemble adds its runs without training that one model.
-        for highest, last in observed[0].rates.get(variant, []):
+        for highest, last, end in observed[0].rates.get(variant, []):
             assert highest == pytest.approx(value[-1] if isinstance(value, tuple) else value)
-            assert last == pytest.approx(0, abs=1e-9) or may_end_at_a_constant_rate(recipe)
+            assert last > 0
+            assert end == pytest.approx(0, abs=1e-9) or may_end_at_a_constant_rate(recipe)
 
 
 def test_search_tries_each_rate_on_validation_data(recipe):
@@ -255,9 +257,11 @@ def test_search_tries_each_rate_on_validation_data(recipe):
     assert all(kind != "test" for kind, _, _ in call.events)
     assert all(run["metrics"].keys() == {"validation"} for run in call.comparison.result.runs)
     assert call.rates
+    tried = [row["means"].keys() for row in call.comparison.result.search_summary()]
+    assert tried == [set(SEARCHED)] * len(call.rates)
     for rates in call.rates.values():
-        assert [highest for highest, _ in rates] == pytest.approx(SEARCHED)
-        assert [end for _, end in rates] == pytest.approx([0, 0], abs=1e-9) or may_end_at_a_constant_rate(recipe)
+        assert [highest for highest, *_ in rates] == pytest.approx(SEARCHED)
+        assert [end for *_, end in rates] == pytest.approx([0, 0], abs=1e-9) or may_end_at_a_constant_rate(recipe)
 
 
 def may_end_at_a_constant_rate(recipe):
