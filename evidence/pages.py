@@ -456,10 +456,12 @@ def _made_by(recipe, path):
     result, environment = recipe.results[path], recipe.results[path].environment
     seeds = len({run["seed"] for run in result.runs})
     settings = ", ".join(f"{name} {value}" for name, value in result.settings.items() if value is not None)
+    # Those of before each epoch had an order of its own.
+    order = "" if "order" in environment else " All epochs took the examples in one order."
     command = ["python", f"recipes/{recipe.theme}/{recipe.path.name}", *recipe.flags[path], "--seeds", str(seeds)]
     return (
         f"{_seeds(seeds)}; {escape_markdown(settings)}. Keras {environment['keras']} on {environment['backend']}, "
-        f"Python {environment['python']}; {environment['processor']}.\n\n```sh\n{' '.join(command)}\n```"
+        f"Python {environment['python']}; {environment['processor']}.{order}\n\n```sh\n{' '.join(command)}\n```"
     )
 
 

@@ -13,7 +13,7 @@ import shutil
 import threading
 from pathlib import Path
 
-from callbacks.comparison.result import Result, write_whole
+from callbacks.comparison.result import ORDER, Result, write_whole
 from evidence.recipes import ROOT, digest
 
 
@@ -27,7 +27,7 @@ class Unit:
         result: path of the JSON file that its result becomes a part of, relative to the project's folder.
         seed: the seed.
         digest: digest of the recipe's code.
-        versions: texts by "python", "keras" and "backend".
+        versions: texts by "python", "keras", "backend" and "order" (of examples).
     """
 
     recipe: str
@@ -72,6 +72,7 @@ def versions():
         "python": platform.python_version(),
         "keras": importlib.metadata.version("keras"),
         "backend": f"{backend} {version}",
+        "order": ORDER,
     }
 
 

@@ -1,6 +1,7 @@
 """Comparison: variants of a model, trained from equal starts over several seeds, judged by their paired differences."""
 
 import ast
+import contextlib
 import hashlib
 import importlib.util
 import linecache
@@ -19,7 +20,8 @@ import keras
 import numpy as np
 
 from . import report
-from .result import Result, usual_margin
+from .order import new_order_each_epoch
+from .result import ORDER, Result, usual_margin
 from .start import Start, describe_data, example_of, start_of
 
 
@@ -45,6 +47,9 @@ class Comparison:
       that would decide. Fewer than five seeds give no verdict;
     - the gap, the training figure minus the test figure, both from `evaluate`; the time per epoch relative to the
       baseline; and what `add_figure` adds.
+
+    While it is open, `fit` on arrays takes the examples in a new order in each epoch. On TensorFlow it otherwise takes
+    them in one order in all epochs, once a seed is set (Keras 3.15).
 
     The intervals cover seeds, not the choice of test examples. A run that diverged (with a figure that is not finite)
     is an outcome: such runs are counted on both sides, and decide where an exact McNemar test says so; else the
@@ -371,6 +376,8 @@ class Comparison:
             speed_estimate_period=86400,
         )
         self._task = self._progress.add_task("starting", total=self._planned)
+        self._order = contextlib.ExitStack()
+        self._order.enter_context(new_order_each_epoch())
         self._progress.start()
         self._handler = signal.getsignal(signal.SIGINT)
         if callable(self._handler) and threading.current_thread() is threading.main_thread():
@@ -382,6 +389,7 @@ class Comparison:
     def __exit__(self, exception_type, exception, traceback):
         if signal.getsignal(signal.SIGINT) == self._note_ctrl_c:
             signal.signal(signal.SIGINT, self._handler)
+        self._order.close()
         self._progress.stop()
         self._progress = None
         self.result.interrupted = exception_type is not None or bool(self._missing) or self._is_taken_over_in_part()
@@ -807,7 +815,7 @@ class _Run(keras.callbacks.Callback):
 
 
 def environment():
-    """Return the versions, and the processor with the cores that may be used, that the figures depend on."""
+    """Return what figures depend on: versions, the order of examples, the processor with the cores that may be used."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -821,6 +829,7 @@ def environment():
         "keras": keras.__version__,
         # Of the module, because the package may have another name, such as tensorflow-cpu.
         "backend": f"{backend} {importlib.import_module(backend).__version__}",
+        "order": ORDER,
         "processor": f"{processor}, {cores} core{'s' * (cores > 1)}",
     }
 

@@ -28,7 +28,10 @@ IDENTITY = (
     "recipe",
     "digest",
 )
-VERSIONS = ("python", "keras", "backend")
+VERSIONS = ("python", "keras", "backend", "order")
+
+# The order of examples, which results say so that they are not mixed with those of before `comparison.order` was made.
+ORDER = "new in each epoch"
 
 NO_VERDICT = "no verdict"
 REPEATED = "no verdict: seeds repeat each other"
@@ -58,7 +61,7 @@ class Result:
         variants: dict from a variant's name to its value, as text.
         grid: list of the rates of a search, or None for a comparison.
         data: dict from a split to what it holds: numbers of examples, shapes, number of classes.
-        environment: dict with the versions and the processor.
+        environment: dict with the versions, the order of examples and the processor.
         code: digest of the file that made the comparison, or None.
         recipe, digest: those of the evidence runner, or None.
         interrupted: whether runs are missing, because the comparison has not ended, or was interrupted.
