@@ -176,13 +176,18 @@ def project(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("place", range(2))
+@pytest.mark.parametrize("place", range(3))
 def test_code_of_the_docs_runs(place, project, capsys):
     code = blocks(TEXTS[ROOT / "docs" / "using-a-recipe.md"], "python")
-    assert len(code) == 2
+    assert len(code) == 3
     if "def test_" not in code[place]:
-        exec(code[place], {})
-        assert "verdict" in capsys.readouterr().out
+        scope = {}
+        exec(code[place], scope)
+        if "batches" in scope:
+            first, second = [np.concatenate([inputs for inputs, _ in scope["batches"]]) for _ in range(2)]
+            assert not np.array_equal(first, second)
+        else:
+            assert "verdict" in capsys.readouterr().out
         return
     assert sum(bool(line) for line in code[place].splitlines()) == 5, "the docs promise five lines"
     (project / "test_dropout.py").write_text(code[place])
