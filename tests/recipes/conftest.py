@@ -1,10 +1,12 @@
 import types
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from evidence.recipes import ROOT
 from tests.recipes.scripts import Interpreter
 
 
@@ -44,6 +46,24 @@ def save_the_time_of_optimization():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def read_the_embedded_images_once():
+    """Reading the embedded images takes longer than most tests: a process does so once for each split."""
+    load, loaded = tfds.load, {}
+
+    def load_once(name, **arguments):
+        if Path(arguments.get("data_dir", "")) != ROOT / "data":
+            return load(name, **arguments)
+        key = name, repr(sorted(arguments.items()))
+        if key not in loaded:
+            loaded[key] = load(name, **arguments)
+        return loaded[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tfds, "load", load_once)
+        yield
 
 
 @pytest.fixture(scope="session")
