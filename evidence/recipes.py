@@ -16,6 +16,8 @@ THEMES = [
     "gradients",
     "normalization",
     "regularization",
+    "augmentation",
+    "losses",
     "averaging",
     "optimizers",
     "schedules",
