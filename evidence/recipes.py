@@ -16,8 +16,6 @@ THEMES = [
     "gradients",
     "normalization",
     "regularization",
-    "augmentation",
-    "losses",
     "averaging",
     "optimizers",
     "schedules",
