@@ -71,10 +71,10 @@ def check_is_same(unit, root=ROOT):
     recipe = root / unit.recipe
     mine = {"digest": digest(recipe, unit.flags) if recipe.exists() else "no such recipe", **versions()}
     others = {"digest": unit.digest, **dict(unit.versions)}
-    differing = [name for name in mine if mine[name] != others[name]]
+    differing = [name for name in mine if mine[name] != others.get(name)]
     if differing:
         told = ", ".join(
-            "the code of the recipe" if name == "digest" else f"{name} {mine[name]}, not {others[name]}"
+            "the code of the recipe" if name == "digest" else f"{name} {mine[name]}, not {others.get(name)}"
             for name in differing
         )
         raise RuntimeError(
