@@ -251,7 +251,7 @@ def test_every_training_has_the_rate_of_its_variant_which_falls_to_zero(recipe, 
     if not hasattr(module, "GRID"):
         pytest.skip("the recipe's variants have no rates of their own")
     # Where one training serves several variants, they have their turn with the first.
-    assert observed[0].rates.keys() == module.VARIANTS.keys() or recipe.stem in TRAINED_TOGETHER
+    assert observed[0].rates.keys() >= module.VARIANTS.keys() or recipe.stem in TRAINED_TOGETHER
     for variant, value in module.VARIANTS.items():
         for highest, last, end in observed[0].rates.get(variant, []):
             assert highest == pytest.approx(value[-1] if isinstance(value, tuple) else value)
