@@ -57,7 +57,7 @@ def folder_of(root, result):
 
 
 def versions():
-    """Return what the figures depend on beside the code, as `environment()` names it, without importing any of it."""
+    """Return what the figures depend on beside the code, as a `Result` names it, without importing any of it."""
     backend = os.environ.get("KERAS_BACKEND")
     if not backend:
         settings = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "keras.json"

@@ -123,7 +123,7 @@ class Comparison:
             settings=dict(settings or {}),
             columns=dict(columns or {}),
             data={split: describe_data(split, data) for split, data in self._data.items()},
-            environment=environment(),
+            environment=environment() | {"order": ORDER},
             code=_code_digest(sys._getframe(1).f_code.co_filename),
         )
         self._evaluate_batch_size = evaluate_batch_size
@@ -815,7 +815,7 @@ class _Run(keras.callbacks.Callback):
 
 
 def environment():
-    """Return what figures depend on: versions, the order of examples, the processor with the cores that may be used."""
+    """Return the versions, and the processor with the cores that may be used, that the figures depend on."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -829,7 +829,6 @@ def environment():
         "keras": keras.__version__,
         # Of the module, because the package may have another name, such as tensorflow-cpu.
         "backend": f"{backend} {importlib.import_module(backend).__version__}",
-        "order": ORDER,
         "processor": f"{processor}, {cores} core{'s' * (cores > 1)}",
     }
 

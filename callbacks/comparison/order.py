@@ -25,9 +25,10 @@ def new_order_each_epoch():
         with tf.init_scope():
             # What the operation itself would ask for: None where no seed is set.
             seeds = tf.compat.v1.random.get_seed(seed)
-            if seed is None and None not in seeds:
+            would_repeat = seed is None and None not in seeds
+            if would_repeat:
                 generator.reset_from_seed(sum(seeds))
-        if seed is not None or None in seeds:
+        if not would_repeat:
             return shuffle(value, seed, name)
         return tf.random.experimental.stateless_shuffle(value, generator.make_seeds()[:, 0])
 

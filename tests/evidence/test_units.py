@@ -228,9 +228,9 @@ finally:
 
 
 def test_versions_are_those_of_a_result():
-    from callbacks.comparison.experiment import environment
+    from callbacks import Comparison
 
-    assert units.versions().items() <= environment().items()
+    assert units.versions().items() <= Comparison(metric="loss").result.environment.items()
 
 
 def unit(recipe="recipes/numerics/quick.py", seed=0, **changes):
