@@ -45,7 +45,7 @@ from callbacks import Comparison
 VARIANTS = {
     "3×3": ((3,), 0.01),
     "5×5": ((5,), 0.01),
-    "1×1, 3×3": ((1, 3), 0.03),  # as deep as a module
+    "1×1, 3×3": ((1, 3), 0.01),  # as deep as a module
     "inception": ("inception", 0.01),
 }
 

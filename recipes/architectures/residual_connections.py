@@ -42,10 +42,10 @@ from callbacks import Comparison
 
 # The number of layers with weights, whether each block's input is added to its output, and the best of GRID (--search).
 VARIANTS = {
-    "plain 44": (44, False, 0.01),
+    "plain 44": (44, False, 0.03),
     "residual 44": (44, True, 0.3),
     "plain 20": (20, False, 0.03),
-    "residual 20": (20, True, 0.1),
+    "residual 20": (20, True, 0.3),
     "plain 8": (8, False, 0.1),
     "residual 8": (8, True, 0.1),
 }

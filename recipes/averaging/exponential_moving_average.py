@@ -46,8 +46,8 @@ VARIANTS = {
     "constant rate": ({}, False, 0.0003),
     "EMA 0.9": ({"use_ema": True, "ema_momentum": 0.9}, False, 0.001),
     "EMA 0.99": ({"use_ema": True, "ema_momentum": 0.99}, False, 0.001),
-    "EMA 0.999": ({"use_ema": True, "ema_momentum": 0.999}, False, 0.001),
-    "cosine decay": ({}, True, 0.001),
+    "EMA 0.999": ({"use_ema": True, "ema_momentum": 0.999}, False, 0.003),
+    "cosine decay": ({}, True, 0.003),
 }
 
 # The variant that answers the recipe's question.

@@ -43,7 +43,7 @@ VARIANTS = {
     "constant rate": ("nothing", 0.001),
     "SWA": ("averaged", 0.03),
     "SWA, old statistics": ("averaged, old statistics", 0.03),
-    "cosine decay": ("decayed", 0.1),
+    "cosine decay": ("decayed", 0.03),
 }
 
 # The variant that answers the recipe's question.

@@ -41,7 +41,7 @@ from callbacks import Comparison
 VARIANTS = {
     "batch, size 4": ("batch", 4, 0.1),
     "none, size 4": ("none", 4, 0.03),
-    "layer, size 4": ("layer", 4, 0.01),
+    "layer, size 4": ("layer", 4, 0.03),
     "group, size 4": ("group", 4, 0.03),
     "RMS, size 4": ("RMS", 4, 0.01),
     "batch, size 128": ("batch", 128, 1.0),

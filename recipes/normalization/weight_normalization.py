@@ -38,7 +38,7 @@ from callbacks import Comparison
 VARIANTS = {
     "plain": ("none", 0.1),
     "weight norm": ("weight", 0.1),
-    "batch norm": ("batch", 0.3),
+    "batch norm": ("batch", 1.0),
 }
 
 # The variant that answers the recipe's question.

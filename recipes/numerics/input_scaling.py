@@ -40,8 +40,8 @@ from callbacks import ActivationStatistics, Comparison
 VARIANTS = {
     "0 to 255": ("none", 0.0001),
     "0 to 1": ("unit", 0.1),
-    "-1 to 1": ("symmetric", 0.1),
-    "standardised": ("standardised", 0.1),
+    "-1 to 1": ("symmetric", 0.03),
+    "standardised": ("standardised", 0.03),
 }
 
 # The variant that answers the recipe's question.

@@ -48,15 +48,15 @@ from callbacks import Comparison
 # What makes the optimizer from a learning rate, and the best rate of GRID (--search).
 VARIANTS = {
     "SGD": (optimizers.SGD, 0.3),
-    "momentum": (lambda rate: optimizers.SGD(rate, momentum=0.9), 0.03),
+    "momentum": (lambda rate: optimizers.SGD(rate, momentum=0.9), 0.1),
     "Adagrad": (optimizers.Adagrad, 0.1),
-    "RMSprop": (optimizers.RMSprop, 0.003),
+    "RMSprop": (optimizers.RMSprop, 0.001),
     "Adam": (optimizers.Adam, 0.003),
-    "Adamax": (optimizers.Adamax, 0.003),
+    "Adamax": (optimizers.Adamax, 0.01),
     "AdamW": (optimizers.AdamW, 0.003),
     "Nadam": (optimizers.Nadam, 0.003),
     "Lion": (optimizers.Lion, 0.001),
-    "Muon": (lambda rate: optimizers.Muon(rate, exclude_layers=["output"]), 0.003),
+    "Muon": (lambda rate: optimizers.Muon(rate, exclude_layers=["output"]), 0.01),
 }
 
 # The variant that answers the recipe's question.

@@ -38,11 +38,11 @@ from callbacks import Comparison
 
 # γ, whether it is Nesterov's form, and the best learning rate of GRID (--search).
 VARIANTS = {
-    "no momentum": (0.0, False, 0.1),
+    "no momentum": (0.0, False, 0.3),
     "momentum 0.5": (0.5, False, 0.1),
-    "momentum 0.9": (0.9, False, 0.1),
-    "momentum 0.99": (0.99, False, 0.03),
-    "Nesterov 0.9": (0.9, True, 0.1),
+    "momentum 0.9": (0.9, False, 0.03),
+    "momentum 0.99": (0.99, False, 0.01),
+    "Nesterov 0.9": (0.9, True, 0.03),
 }
 
 # The variant that answers the recipe's question.

@@ -39,7 +39,7 @@ from callbacks import Comparison
 # The number of images in a step (None: all of them), and the best learning rate of GRID (--search).
 VARIANTS = {
     "full batch": (None, 0.1),
-    "batch 1024": (1024, 0.1),
+    "batch 1024": (1024, 0.3),
     "batch 128": (128, 0.3),
     "batch 16": (16, 0.03),
 }

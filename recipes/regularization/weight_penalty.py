@@ -47,7 +47,7 @@ from callbacks import Comparison
 # What keeps the weights small, and the best of GRID (--search).
 VARIANTS = {
     "no penalty": ({}, 0.003),
-    "L1": ({"regularizer": keras.regularizers.L1(0.00001)}, 0.01),
+    "L1": ({"regularizer": keras.regularizers.L1(0.00001)}, 0.003),
     "L2": ({"regularizer": keras.regularizers.L2(0.0001)}, 0.003),
     "L1 and L2": ({"regularizer": keras.regularizers.L1L2(0.00001, 0.0001)}, 0.003),
     "AdamW": ({"weight_decay": 0.3}, 0.003),

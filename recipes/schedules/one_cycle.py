@@ -40,8 +40,8 @@ from callbacks import Comparison, LearningRateLogger, OneCycle
 
 # The schedule, its share of the epochs, and its rate, constant or the peak: the best of GRID (--search).
 VARIANTS = {
-    "constant": ("constant", 1, 0.003),
-    "one cycle": ("cycle", 1, 0.1),
+    "constant": ("constant", 1, 0.03),
+    "one cycle": ("cycle", 1, 0.3),
     "cycle, half as long": ("cycle", 0.5, 0.3),
     "cosine": ("cosine", 1, 0.3),
 }

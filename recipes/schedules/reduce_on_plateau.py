@@ -42,10 +42,10 @@ from callbacks import Comparison, LearningRateLogger
 # What lowers the rate (nothing, the arguments of ReduceLROnPlateau, or a cosine to zero over the whole training), and
 # the first rate, the best of GRID (--search).
 VARIANTS = {
-    "constant": ("constant", 0.03),
+    "constant": ("constant", 0.3),
     "half, patience 1": ({"factor": 0.5, "patience": 1}, 0.3),
     "half, patience 3": ({"factor": 0.5, "patience": 3}, 0.3),
-    "tenth, patience 3": ({"factor": 0.1, "patience": 3}, 0.1),
+    "tenth, patience 3": ({"factor": 0.1, "patience": 3}, 0.3),
     "cosine": ("cosine", 0.3),
 }
 
