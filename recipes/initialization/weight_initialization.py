@@ -43,8 +43,8 @@ VARIANTS = {
     "LeCun": (lambda n: initializers.LecunNormal(), 0.001),
     "He": (lambda n: initializers.HeNormal(), 0.001),
     "N(0, 1)": (lambda n: initializers.RandomNormal(stddev=1.0), 0.03),
-    "uniform ±0.05": (lambda n: initializers.RandomUniform(-0.05, 0.05), 0.1),
-    "deviation 1/n": (lambda n: initializers.RandomNormal(stddev=1 / n), 0.01),
+    "uniform ±0.05": (lambda n: initializers.RandomUniform(-0.05, 0.05), 0.3),
+    "deviation 1/n": (lambda n: initializers.RandomNormal(stddev=1 / n), 0.3),
 }
 
 # The variant that answers the recipe's question.

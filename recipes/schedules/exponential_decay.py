@@ -46,7 +46,7 @@ from callbacks import Comparison, LearningRateLogger
 
 # What applies the factor, the factor, and the first rate, the best of GRID (--search); schedule and callback have one.
 VARIANTS = {
-    "constant": (None, 1.0, 0.03),
+    "constant": (None, 1.0, 0.3),
     "factor 0.9": ("schedule", 0.9, 0.3),
     "factor 0.8": ("schedule", 0.8, 0.3),
     "factor 0.8, callback": ("callback", 0.8, 0.3),
