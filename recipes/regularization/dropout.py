@@ -36,8 +36,8 @@ from callbacks import Comparison
 
 # The dropout rate, and the best of GRID for the dense network (--search).
 VARIANTS = {
-    "no dropout": (0.0, 0.003),
-    "dropout 0.2": (0.2, 0.001),
+    "no dropout": (0.0, 0.001),
+    "dropout 0.2": (0.2, 0.003),
     "dropout 0.5": (0.5, 0.001),
     "dropout 0.8": (0.8, 0.001),
 }

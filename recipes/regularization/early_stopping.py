@@ -42,18 +42,18 @@ from callbacks import Comparison
 # The patience, whether the learning rate falls to zero, and the rate: the best of GRID for stopping, which "all epochs"
 # has too, for it asks what the same training comes to without a stop; and the best for the cosine (--search).
 VARIANTS = {
-    "all epochs": (None, False, 0.001),
-    "patience 1": (1, False, 0.001),
-    "patience 3": (3, False, 0.001),
-    "patience 5": (5, False, 0.001),
-    "cosine, all epochs": (None, True, 0.001),
+    "all epochs": (None, False, 0.0003),
+    "patience 1": (1, False, 0.0003),
+    "patience 3": (3, False, 0.0003),
+    "patience 5": (5, False, 0.0003),
+    "cosine, all epochs": (None, True, 0.0003),
 }
 
 # The variant that answers the recipe's question.
 HEADLINE = "patience 3"
 
 # Learning rates of Adam.
-GRID = (0.00003, 0.0001, 0.0003, 0.001, 0.003)
+GRID = (0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01)
 
 # Many steps a call: equal weights, less time. On PyTorch, Keras knows single steps only.
 STEPS_PER_CALL = 1 if keras.backend.backend() == "torch" else 32
