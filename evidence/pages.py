@@ -161,7 +161,7 @@ def _index_cells(recipe):
     result, headline = recipe.results[recipe.default], recipe.headline
     (row,) = [row for row in recipe.summaries[recipe.default] if row["variant"] == headline["variant"]]
     words = f"{_name(headline['variant'])}: {answer(headline, result)}"
-    times = [time for time in (time_in_words(row["time"]), seconds_of_a_run(result)) if time != DASH]
+    times = [time for time in (time_in_words(row), seconds_of_a_run(result)) if time != DASH]
     return words, ", ".join(times) or DASH
 
 
@@ -225,11 +225,20 @@ def difference_in_words(row, result):
     return f"{_signed(scale * difference, width or scale * difference)} ± {_plain(scale * half_width, width)}"
 
 
-def time_in_words(ratio):
-    """Return the time of an epoch relative to the baseline's: "1.3 ×", "same" within 5 %, or a dash."""
+def time_in_words(row):
+    """Return the time of an epoch relative to the baseline's, from a row of `summary`, or a dash.
+
+    It is "same" within 5 %, the quartiles if they lie on both sides of 1, and else the median, as "1.30 ×".
+    """
+    ratio = row["time"]
     if ratio is None:
         return DASH
-    return "same" if abs(ratio - 1) <= SAME_TIME else f"{ratio:.2f} ×" if ratio < 1.95 else f"{ratio:.1f} ×"
+    if abs(ratio - 1) <= SAME_TIME:
+        return "same"
+    lower, upper = row["time_quartiles"]
+    if lower < 1 < upper:
+        return f"{lower:.2f}–{upper:.2f} ×"
+    return f"{ratio:.2f} ×" if ratio < 1.95 else f"{ratio:.1f} ×"
 
 
 def seconds_of_a_run(result):
@@ -456,12 +465,10 @@ def _made_by(recipe, path):
     result, environment = recipe.results[path], recipe.results[path].environment
     seeds = len({run["seed"] for run in result.runs})
     settings = ", ".join(f"{name} {value}" for name, value in result.settings.items() if value is not None)
-    # Those of before each epoch had an order of its own.
-    order = "" if "order" in environment else " All epochs took the examples in one order."
     command = ["python", f"recipes/{recipe.theme}/{recipe.path.name}", *recipe.flags[path], "--seeds", str(seeds)]
     return (
         f"{_seeds(seeds)}; {escape_markdown(settings)}. Keras {environment['keras']} on {environment['backend']}, "
-        f"Python {environment['python']}; {environment['processor']}.{order}\n\n```sh\n{' '.join(command)}\n```"
+        f"Python {environment['python']}; {environment['processor']}.\n\n```sh\n{' '.join(command)}\n```"
     )
 
 

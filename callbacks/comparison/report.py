@@ -146,7 +146,11 @@ def _time_cell(row):
     if abs(row["time"] - 1) <= SAME_TIME:
         return "1" if row["verdict"] == "baseline" else "same"
     lower, upper = row["time_quartiles"]
-    return f"{row['time']:.2f}" + f" ({lower:.2f}–{upper:.2f})" * (row["seeds"] > 1)
+    quartiles = f"{lower:.2f}–{upper:.2f}"
+    # The median would look like a difference, of which the seeds know nothing.
+    if lower < 1 < upper:
+        return quartiles
+    return f"{row['time']:.2f}" + f" ({quartiles})" * (row["seeds"] > 1)
 
 
 def is_share(result):
@@ -194,7 +198,7 @@ def _notes_of_comparison(result):
         found.append(f"gap: training minus {result.split} {result.metric}, both by evaluate().")
     if any(row["time"] is not None for row in rows):
         quartiles = ", median (quartiles) over seeds" if seeds > 1 else ""
-        same = f"same: within {100 * SAME_TIME:.0f} % of it"
+        same = f"same: within {100 * SAME_TIME:.0f} % of it" + "; quartiles alone: on both sides of it" * (seeds > 1)
         found.append(f"time: per epoch, relative to the baseline{quartiles}; {same}.")
     names = _figure_names(rows)
     found += explanations(result, rows)

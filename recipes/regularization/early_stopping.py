@@ -39,8 +39,8 @@ from keras import layers
 
 from callbacks import Comparison
 
-# The patience, whether the learning rate falls to zero, and the rate: the best of GRID for stopping, which "all epochs"
-# has too, for it asks what the same training comes to without a stop; and the best for the cosine (--search).
+# The patience, whether the learning rate falls to zero, and the rate: the best of GRID (--search). Patience 1, whose
+# search finds another, has that of all epochs too, so that nothing but the stop differs.
 VARIANTS = {
     "all epochs": (None, False, 0.0003),
     "patience 1": (1, False, 0.0003),

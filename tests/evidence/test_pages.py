@@ -306,11 +306,19 @@ def test_interval_that_leaves_zero_out_is_seen_to_do_so(half_width, words):
 
 
 @pytest.mark.parametrize(
-    "ratio, words",
-    [(None, "–"), (1.04, "same"), (0.951, "same"), (1.06, "1.06 ×"), (0.9, "0.90 ×"), (2.64, "2.6 ×")],
+    "ratio, quartiles, words",
+    [
+        (None, None, "–"),
+        (1.04, (0.9, 1.2), "same"),
+        (0.951, (0.9, 0.99), "same"),
+        (1.06, (1.01, 1.2), "1.06 ×"),
+        (0.9, (0.8, 0.95), "0.90 ×"),
+        (2.64, (2.5, 2.8), "2.6 ×"),
+        (1.25, (0.96, 1.61), "0.96–1.61 ×"),
+    ],
 )
-def test_times_within_five_percent_are_the_same(ratio, words):
-    assert pages.time_in_words(ratio) == words
+def test_times_that_are_not_known_to_differ_are_not_said_to(ratio, quartiles, words):
+    assert pages.time_in_words({"time": ratio, "time_quartiles": quartiles}) == words
 
 
 def test_seconds_of_a_run_are_those_of_all_variants_the_median_over_seeds():

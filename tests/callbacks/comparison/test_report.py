@@ -75,12 +75,21 @@ def test_every_row_is_one_line_of_eighty_columns(metric, seeds, diverging):
 
 
 def test_ratio_of_times_near_one_is_the_same_and_others_have_quartiles():
-    seconds = {"a": [1.0, 1.0, 1.0], "b": [1.04, 0.5, 1.06], "c": [1.2, 1.3, 1.6]}
+    seconds = {"a": [1.0, 1.0, 1.0], "b": [1.04, 0.5, 1.06], "c": [1.2, 1.3, 1.6], "d": [0.8, 1.3, 1.4]}
     result = new_result({variant: [0.5, 0.6, 0.7] for variant in seconds})
     for run in result.runs:
         run["epoch_seconds"] = [seconds[run["variant"]][run["seed"]]]
-    assert table(result)["time"] == ["1", "same", "1.30 (1.25–1.45)"]
+    assert table(result)["time"] == ["1", "same", "1.30 (1.25–1.45)", "1.30 (1.05–1.35)"]
     assert "median (quartiles) over seeds; same: within 5 % of it" in " ".join(notes(result))
+
+
+def test_ratio_of_times_whose_quartiles_lie_on_both_sides_of_one_is_not_given():
+    seconds = {"a": [1.0, 1.0, 1.0], "b": [0.6, 1.3, 1.5], "c": [0.7, 0.8, 1.6]}
+    result = new_result({variant: [0.5, 0.6, 0.7] for variant in seconds})
+    for run in result.runs:
+        run["epoch_seconds"] = [seconds[run["variant"]][run["seed"]]]
+    assert table(result)["time"] == ["1", "0.95–1.40", "0.75–1.20"]
+    assert "quartiles alone: on both sides of it" in " ".join(notes(result))
 
 
 def test_few_seeds_show_the_range_of_the_differences_and_no_verdict():
