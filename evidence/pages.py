@@ -312,14 +312,20 @@ def _measured_parts(recipe, path):
     ]
 
 
+def _figure_cell(row, share):
+    """Return a variant's figure, or a dash, as where divergence decides: the few seeds that are left would mislead."""
+    if row["mean"] is None or row["by_divergence"]:
+        return DASH
+    return f"{100 * row['mean']:.1f}" if share else f"{row['mean']:.4g}"
+
+
 def _columns(result, rows):
     """Return the columns that decide, and the others, each as a dict from a title to its cells."""
     share = is_share(result)
     decisive = {
         "variant": [display_name(row["variant"]) for row in rows],
         f"{result.split}, %" if share else f"{result.split} {result.metric}": [
-            DASH if row["mean"] is None else f"{100 * row['mean']:.1f}" if share else f"{row['mean']:.4g}"
-            for row in rows
+            _figure_cell(row, share) for row in rows
         ],
         f"difference{', points' * share}": [
             DASH if row["by_divergence"] else difference_in_words(row, result) for row in rows

@@ -75,18 +75,27 @@ def _figure_of_comparison(result):
     count = len(panels) + has_differences
     columns = max(min(count, 2), 1)
     rows = max(math.ceil(count / columns), 1)
+    # The last panel, which decides, has a row of its own if its place would be alone there.
+    is_alone = columns > 1 and count % columns == 1
+    labels = {
+        variant: textwrap.fill(display_name(variant), 26 if is_alone else 18)
+        for variant in runs
+        if variant != result.baseline
+    }
+    # High enough for the names of all variants, in inches.
+    lines_of_labels = len(labels) * max((label.count("\n") + 1 for label in labels.values()), default=0)
+    heights = [PANEL[1]] * (rows - 1) + [max(PANEL[1], 2.2 + 0.28 * lines_of_labels)]
     with seaborn.axes_style("whitegrid"):
-        figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows + 0.5), layout="constrained")
-        grid = figure.add_gridspec(rows, columns)
-        # The last panel, which decides, has a row of its own if its place would be alone there.
+        figure = Figure(figsize=(PANEL[0] * columns, sum(heights) + 0.5), layout="constrained")
+        grid = figure.add_gridspec(rows, columns, height_ratios=heights)
         places = [divmod(place, columns) for place in range(count)]
-        is_alone = columns > 1 and count % columns == 1
         spans = [grid[row, :] if is_alone and row == rows - 1 else grid[row, column] for row, column in places]
         axes = [figure.add_subplot(span) for span in spans]
     for panel, each in zip(panels, axes, strict=False):
         _draw_lines(panel, each, lines)
     if has_differences:
-        _draw_differences(result, axes[len(panels)], runs, lines, letters=60 if is_alone or count == 1 else 26)
+        letters = 60 if is_alone or count == 1 else 26
+        _draw_differences(result, axes[len(panels)], runs, lines, labels, letters)
     drawn = dict.fromkeys(variant for panel in panels for variant, *_ in panel["points"])
     names = {variant: _label(display_name(variant)) for variant in runs if variant in drawn}
     handles = [Line2D([], [], label=label, **lines[variant]) for variant, label in names.items()]
@@ -171,20 +180,21 @@ def _draw_lines(panel, axes, lines):
         axes.set_ylim(max(low, 0.0), min(high, 1.0))
 
 
-def _draw_differences(result, axes, runs, lines, letters):
+def _draw_differences(result, axes, runs, lines, labels, letters):
     """Draw each variant's paired differences from the baseline: dots for seeds, the mean with its interval.
 
-    `letters` is how many fit into a line of the title and of the axis's label.
+    Where divergence decides, the words stand in their place: the few seeds that are left would tell another story.
+    `labels` are the names to show, and `letters` is how many fit into a line of the title and of the axis's label.
     """
     rows = {row["variant"]: row for row in result.summary()}
     scale, unit = (100, " in points") if is_share(result) else (1, "")
     baseline = runs.get(result.baseline, {})
-    variants = [variant for variant in runs if variant != result.baseline]
-    for position, variant in enumerate(variants):
+    for position, variant in enumerate(labels):
         row, color = rows[variant], lines[variant]["color"]
-        if row["difference"] is None:
+        if row["difference"] is None or row["by_divergence"]:
             middle = axes.get_yaxis_transform()
-            axes.text(0.5, position, _label(row["verdict"]), ha="center", va="center", transform=middle)
+            words = textwrap.fill(row["verdict"], letters - 6)
+            axes.text(0.5, position, _label(words), ha="center", va="center", transform=middle)
             continue
         differences = [scale * difference for difference in result.differences(runs[variant], baseline).values()]
         axes.plot(differences, [position] * len(differences), ".", color=color, alpha=0.5)
@@ -196,8 +206,8 @@ def _draw_differences(result, axes, runs, lines, letters):
     if result.margin:
         axes.axvspan(-scale * result.margin, scale * result.margin, color="black", alpha=0.06, linewidth=0)
     axes.xaxis.get_major_locator().set_params(nbins=5)
-    axes.set_yticks(range(len(variants)), [_label(textwrap.fill(display_name(name), 18)) for name in variants])
-    axes.set_ylim(max(len(variants), 1) - 0.5, -0.5)
+    axes.set_yticks(range(len(labels)), map(_label, labels.values()))
+    axes.set_ylim(max(len(labels), 1) - 0.5, -0.5)
     sign = "negative" if result.mode == "min" else "positive"
     title = f"{result.split} {result.metric}: difference from {display_name(str(result.baseline))}"
     better = f"({sign} is better)"

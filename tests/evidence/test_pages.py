@@ -169,6 +169,12 @@ def test_answers_say_what_is_decided(figures, arguments, words, root):
     assert row(page(root, "README.md"), "[Quick start]")[1].startswith(f"on: {words}")
 
 
+def test_figure_of_the_few_seeds_that_are_left_is_not_shown_where_divergence_decides(root):
+    add_recipe(root)
+    add_result(root, {"off": OFF, "on": [*[float("nan")] * 9, 0.9]})
+    assert "| on | – | – | worse |" in page(root, "recipes/schedules/README.md")
+
+
 @pytest.mark.parametrize(
     "name, sign, words", [("epochs to 0.8", -1, "earlier"), ("epochs spent", 1, "more"), ("error", -1, "lower")]
 )

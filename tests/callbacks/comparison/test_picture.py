@@ -186,6 +186,27 @@ def test_diverged_variants_are_said_to_be():
     assert [text.get_text() for text in axes.texts] == ["worse: it diverged in 6 of 6"]
 
 
+def test_seeds_that_are_left_where_divergence_decides_are_not_drawn():
+    (axes,) = draw(new_result({"a": [0.5] * 9, "b": [np.nan] * 8 + [0.9]})).axes
+    assert [text.get_text() for text in axes.texts] == ["worse: it diverged in 8 of 9"]
+    # But the line at zero.
+    assert [list(line.get_xdata()) for line in axes.lines] == [[0, 0]]
+
+
+@pytest.mark.parametrize("signals", [0, 1, 2])
+@pytest.mark.parametrize("name", ["no steps per execution", "an average of the last epochs of twenty"])
+def test_names_of_many_variants_do_not_overlap(signals, name):
+    result = new_result({"a": [0.5]} | {f"{name} {number}": [0.6] for number in range(9)}, {"accuracy": [0.5, 0.6]})
+    for number in range(signals):
+        add_signal(result, "a", 0, str(number), [1.0, 2.0])
+    figure = draw(result)
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in figure.axes[-1].get_yticklabels()]
+    assert len(boxes) == 9
+    # From the top down.
+    assert all(lower.y1 <= upper.y0 for upper, lower in zip(boxes, boxes[1:], strict=False))
+
+
 def test_search_is_drawn_by_rate():
     result = Result(baseline="a", metric="accuracy", mode="max", split="validation", grid=[0.01, 0.1, 1.0])
     for rate, value in zip(result.grid, (0.5, 0.7, np.nan), strict=True):
