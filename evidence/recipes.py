@@ -27,7 +27,7 @@ THEMES = [
 FURTHER = {"bag_of_tricks": {"ablation": ["--ablate"], "full": ["--dataset", "fashion_mnist_full"]}}
 
 # Seeds of a result, and of a search, which compares every rate of a grid, for which fewer do.
-SEEDS, SEARCH_SEEDS = 5, 3
+SEEDS, SEARCH_SEEDS = 10, 3
 
 # Recipes whose subject is time: each is measured alone, with all cores; its search is not, for it compares no times.
 EXCLUSIVE = {"bag_of_tricks"}

@@ -135,7 +135,7 @@ def test_stale_recipes_are_measured_and_everything_is_made_from_the_results(proj
     code, output = evidence("quick", "--seeds", "3")
     assert "0 measured, 1 fresh" in output
     code, output = evidence("--check")
-    assert "its result has 3 seeds, not 5. Run: python -m evidence quick" in output
+    assert "its result has 3 seeds, not 10. Run: python -m evidence quick" in output
     code, output = evidence("--seeds", "3", "--force")
     assert "[3/3" in output
     assert "1 measured, 0 fresh" in output
@@ -193,7 +193,7 @@ def test_further_results_of_a_recipe_are_made_with_their_flags(project, evidence
         (_, row) = Result.load(result(project).with_name(f"{name}.json")).summary()
         assert row["difference"] == pytest.approx(gain + 0.002)
         assert f"numerics/{name}.svg" in (project / "recipes" / "numerics" / "README.md").read_text()
-    assert "quick.py --gain 0.25 --seeds 5" in (project / "recipes" / "numerics" / "README.md").read_text()
+    assert "quick.py --gain 0.25 --seeds 10" in (project / "recipes" / "numerics" / "README.md").read_text()
     change(project, "0.011", "0.012")
     assert "quick.py --gain 0.25: its code has changed" in evidence("--check")[1]
 

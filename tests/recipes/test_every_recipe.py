@@ -20,7 +20,7 @@ import pytest
 
 from callbacks import Comparison
 from evidence.pages import generated_files
-from evidence.recipes import ROOT, find_recipes, measurements, read_card, seeds_for, why_stale
+from evidence.recipes import ROOT, SEEDS, find_recipes, measurements, read_card, seeds_for, why_stale
 from tests.conftest import forget_programs, load_module
 
 LIMIT = 64
@@ -396,7 +396,7 @@ def test_card_is_complete(recipe):
 @same_on_all_backends
 def test_result_is_fresh(recipe):
     for path, flags in measurements(recipe).items():
-        reason = why_stale(recipe, path, flags, seeds=seeds_for(flags, 5))
+        reason = why_stale(recipe, path, flags, seeds=seeds_for(flags, SEEDS))
         assert reason is None, f"{reason}; `python -m evidence {recipe.stem}` measures it and makes the pages"
 
 
