@@ -73,8 +73,8 @@ def test_with_its_last_weights_zeroed_a_residual_block_is_the_identity_and_a_pla
             block.layers[-1].kernel.assign(np.zeros((64, 64)))
         identity = array(model.get_layer("head")(model.get_layer("stem")(IMAGES)))
         assert np.array_equal(array(model(IMAGES)), identity) == residual
-        # Without the blocks' inputs, nothing of the image comes through.
-        assert (np.ptp(array(model(IMAGES)), axis=0).max() == 0) != residual
+        # Without the blocks' inputs, nothing of the image comes through, but for rounding by the place in the batch.
+        assert (np.ptp(array(model(IMAGES)), axis=0).max() < 1e-6) != residual
 
 
 def test_convolutional_blocks_with_zeroed_weights_pass_every_second_pixel_and_add_empty_channels(recipe):
