@@ -14,7 +14,6 @@ import textwrap
 
 from callbacks.comparison import Result
 from callbacks.comparison.report import (
-    SAME_TIME,
     display_name,
     escape_markdown,
     explanations,
@@ -22,6 +21,7 @@ from callbacks.comparison.report import (
     markdown_table,
     search_table,
     table,
+    time_like_the_baseline,
 )
 from callbacks.comparison.statistics import FEWEST_SEEDS, MOST_SEEDS
 from evidence.recipes import ROOT, find_recipes, measured_figures, measurements, read_card, read_headline
@@ -233,12 +233,8 @@ def time_in_words(row):
     ratio = row["time"]
     if ratio is None:
         return DASH
-    if abs(ratio - 1) <= SAME_TIME:
-        return "same"
-    lower, upper = row["time_quartiles"]
-    if lower < 1 < upper:
-        return f"{lower:.2f}–{upper:.2f} ×"
-    return f"{ratio:.2f} ×" if ratio < 1.95 else f"{ratio:.1f} ×"
+    words = time_like_the_baseline(row) or (f"{ratio:.2f}" if ratio < 1.95 else f"{ratio:.1f}")
+    return words if words == "same" else f"{words} ×"
 
 
 def seconds_of_a_run(result):

@@ -143,14 +143,22 @@ def number_in_words(value):
 def _time_cell(row):
     if row["time"] is None:
         return "–"
-    if abs(row["time"] - 1) <= SAME_TIME:
-        return "1" if row["verdict"] == "baseline" else "same"
+    if row["verdict"] == "baseline":
+        return "1"
     lower, upper = row["time_quartiles"]
-    quartiles = f"{lower:.2f}–{upper:.2f}"
-    # The median would look like a difference, of which the seeds know nothing.
-    if lower < 1 < upper:
-        return quartiles
-    return f"{row['time']:.2f}" + f" ({quartiles})" * (row["seeds"] > 1)
+    return time_like_the_baseline(row) or f"{row['time']:.2f}" + f" ({lower:.2f}–{upper:.2f})" * (row["seeds"] > 1)
+
+
+def time_like_the_baseline(row):
+    """Return what to say of a ratio of times that is not known to differ from 1, and None for one that is.
+
+    It is "same" within SAME_TIME of 1, and the quartiles where they lie on both sides of 1: the median would look like
+    a difference, of which the seeds know nothing.
+    """
+    if abs(row["time"] - 1) <= SAME_TIME:
+        return "same"
+    lower, upper = row["time_quartiles"]
+    return f"{lower:.2f}–{upper:.2f}" if lower < 1 < upper else None
 
 
 def is_share(result):
