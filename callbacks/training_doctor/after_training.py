@@ -30,8 +30,9 @@ def rate_too_high(signs, limits):
     if start is not None and _ended_above(signs, limits):
         return f"the loss was {start:.3g} before training and {signs.get('probe', last):.3g} at the end{steps}{rate}."
     left = remaining(signs)
-    # Batches that are hard come again in each epoch.
-    usual = max(start or 0.0, signs.get("constant", 0.0), signs.get("highest_of_last", 0.0))
+    # Batches that are hard come again in each epoch; so do large losses, where the first step outweighs the weights.
+    hard = signs.get("highest_of_last", 0.0) if signs.get("first_update_ratio", 0.0) <= 1 else 0.0
+    usual = max(start or 0.0, signs.get("constant", 0.0), hard)
     if left is not None and left > 0.9 and signs.get("highest", 0.0) > limits["peak"] * usual:
         return (
             f"the loss rose from {start:.3g} to {signs['highest']:.3g} at step {signs['highest_step']}, and ended at "

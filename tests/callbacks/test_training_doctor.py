@@ -22,8 +22,8 @@ CLASSES = 3
 NOISY = np.where(GENERATOR.random(256) < 0.3, GENERATOR.integers(0, CLASSES, 256), TARGETS)
 
 
-def build_model(optimizer=None, activation="relu", depth=1, units=16, loss=None, **arguments):
-    keras.utils.set_random_seed(0)
+def build_model(optimizer=None, activation="relu", depth=1, units=16, loss=None, seed=0, **arguments):
+    keras.utils.set_random_seed(seed)
     model = keras.Sequential([keras.Input((4,))])
     for number in range(1, depth + 1):
         model.add(layers.Dense(units, activation=activation, name=f"hidden_{number}", **arguments))
@@ -178,8 +178,14 @@ def test_dead_and_saturated_hidden_layers_are_named_and_the_output_layer_is_not(
     assert "saturated units" not in names(examine(output, targets=(INPUTS[:, 0] > 0).astype("float32")))
 
 
-def test_rate_too_high_and_too_low():
-    assert "rate too high" in names(examine(build_model(keras.optimizers.Adam(3.0))))
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("optimizer", "rate"), [("Adam", 3.0), ("Adam", 10.0), ("RMSprop", 3.0), ("SGD", 30.0)])
+def test_rate_too_high_is_told_whichever_way_the_losses_go(optimizer, rate, seed):
+    model = build_model(getattr(keras.optimizers, optimizer)(rate), seed=seed)
+    assert set(names(examine(model))) - {"loss not finite"} == {"rate too high"}
+
+
+def test_rate_too_low():
     assert "rate too low" in names(examine(build_model(keras.optimizers.Adam(1e-6))))
 
 
