@@ -35,19 +35,6 @@ class Unlabelled(Colour):
     SUPERVISED_KEYS = None
 
 
-@pytest.fixture(autouse=True, scope="module")
-def save_the_time_of_optimization():
-    """On JAX, compile without most optimisations: tiny trainings take less time than to optimise them."""
-    if keras.backend.backend() != "jax":
-        yield
-        return
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(autouse=True, scope="session")
 def read_the_embedded_images_once():
     """Reading the embedded images takes longer than most tests: a process does so once for each split."""

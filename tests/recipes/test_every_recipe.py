@@ -51,21 +51,31 @@ generated = functools.cache(generated_files)
 
 @pytest.fixture(scope="module")
 def observed(recipe):
-    """Three calls of the recipe's main.
+    """Two calls of the recipe's main.
 
     The second has other test data, and after the baseline, which gives all the same start, the other variants in
-    reversed order: it would show if a run depended on those before it. The third is of the first and last variant, with
-    another seed.
+    reversed order: it would show if a run depended on those before it.
     """
     baseline, *others = load_module(recipe).VARIANTS
     with run_eagerly():
         calls = [
             observe(recipe, 7, [baseline, *others]),
             observe(recipe, 7, [baseline, *reversed(others)], replace_test_data=True),
-            observe(recipe, 0, [baseline, others[-1]]),
         ]
     forget_programs()
     return calls
+
+
+@pytest.fixture(scope="module")
+def observed_with_another_seed(recipe):
+    """A call of the recipe's main with the first and the last variant: a search, where it has one."""
+    module = load_module(recipe)
+    first, *_, last = module.VARIANTS
+    has_search = "search" in inspect.signature(module.main).parameters
+    with run_eagerly():
+        call = observe(recipe, 0, [first, last], **({"search": True} if has_search else {}))
+    forget_programs()
+    return call
 
 
 @contextlib.contextmanager
@@ -74,18 +84,10 @@ def run_eagerly():
 
     Compiled by TensorFlow, a recipe runs as a script, in the test that it stands alone.
     """
-    if not is_tensorflow:
-        yield
-        return
-    import tensorflow as tf
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keras.Model, "compile", functools.partialmethod(keras.Model.compile, run_eagerly=True))
-        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-        try:
-            yield
-        finally:
-            tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
+        if is_tensorflow:
+            patch.setattr(keras.Model, "compile", functools.partialmethod(keras.Model.compile, run_eagerly=True))
+        yield
 
 
 def observe(path, seed, variants, replace_test_data=False, **flags):
@@ -189,12 +191,12 @@ def test_every_run_has_a_new_model(observed):
     assert len({id(model) for model in started}) == len(started)
 
 
-def test_variants_of_a_seed_start_equal(observed):
-    call, _, call_of_another_seed = observed
+def test_variants_of_a_seed_start_equal(observed, observed_with_another_seed):
+    call, _ = observed
     if not call.comparison.result.same_start:
         pytest.skip("the recipe's variants differ in shape, or their start is the subject")
     starts, others = [
-        [weights for kind, _, weights in each.events if kind == "start"] for each in (call, call_of_another_seed)
+        [weights for kind, _, weights in each.events if kind == "start"] for each in (call, observed_with_another_seed)
     ]
     assert len(starts) == len(call.comparison.result.runs)
     for start in starts[1:]:
@@ -219,7 +221,7 @@ def test_test_data_is_used_once_after_training(observed):
 
 
 def test_test_data_changes_nothing_but_test_figures_and_a_seed_repeats(observed):
-    runs = [{run["variant"]: run for run in call.comparison.result.runs} for call in observed[:2]]
+    runs = [{run["variant"]: run for run in call.comparison.result.runs} for call in observed]
     assert runs[0].keys() == runs[1].keys()
     pairs = [(runs[0][variant], runs[1][variant]) for variant in runs[0]]
     for first, second in pairs:
@@ -256,14 +258,10 @@ def test_every_training_has_the_rate_of_its_variant_which_falls_to_zero(recipe, 
             assert end == pytest.approx(0, abs=1e-9) or may_end_at_a_constant_rate(recipe)
 
 
-def test_search_tries_each_rate_on_validation_data(recipe):
-    module = load_module(recipe)
-    if "search" not in inspect.signature(module.main).parameters:
+def test_search_tries_each_rate_on_validation_data(recipe, observed_with_another_seed):
+    if "search" not in inspect.signature(load_module(recipe).main).parameters:
         pytest.skip("the recipe's variants have no rates of their own")
-    first, *_, last = module.VARIANTS
-    with run_eagerly():
-        call = observe(recipe, 7, [first, last], search=True)
-    forget_programs()
+    call = observed_with_another_seed
     assert all(kind != "test" for kind, _, _ in call.events)
     assert all(run["metrics"].keys() == {"validation"} for run in call.comparison.result.runs)
     assert call.rates
