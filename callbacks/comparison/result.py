@@ -290,12 +290,13 @@ class Result:
         return {"figure": figure} | {key: row[key] for key in keys}
 
     def search_summary(self):
-        """Return one dict for each variant of a search: `variant`, `means`, `best` and `at_edge`.
+        """Return one dict for each variant of a search: `variant`, `means`, `best`, `at_edge` and `alike`.
 
         `means` maps each rate to the mean over seeds of the metric, or None where a run diverged or none was made;
         `best` is the rate with the best mean, among equal ones the middle one, as where nothing is learned at any rate,
-        and None if there is none; `at_edge` tells whether it is the lowest or the highest of the grid, so that a better
-        one may lie beyond.
+        and None if there is none; `alike` tells whether all means lie within the margin, as at chance, so that the rate
+        is not what matters; `at_edge` whether it is not so, and the best rate is the lowest or the highest of the grid:
+        a better one may lie beyond.
         """
         figures = {}
         for run in self.runs:
@@ -307,12 +308,14 @@ class Result:
             known = {rate: mean for rate, mean in means.items() if math.isfinite(mean)}
             top = (max if self.mode == "max" else min)(known.values(), default=None)
             best = statistics.median_high(rate for rate in known if known[rate] == top) if known else None
+            alike = len(known) > 1 and max(known.values()) - min(known.values()) < (self.margin or 0.0)
             rows.append(
                 {
                     "variant": variant,
                     "means": {rate: known.get(rate) for rate in means},
                     "best": best,
-                    "at_edge": best is not None and best in (min(self.grid), max(self.grid)),
+                    "at_edge": best in (min(self.grid), max(self.grid)) and not alike,
+                    "alike": alike,
                 }
             )
         return rows

@@ -356,3 +356,18 @@ def test_search_gives_the_middle_one_of_rates_that_are_equally_good():
     stuck, flat = result.search_summary()
     assert (stuck["best"], stuck["at_edge"]) == (1.0, False)
     assert (flat["best"], flat["at_edge"]) == (0.1, False)
+
+
+@pytest.mark.parametrize(
+    "margin, top, alike", [(0.01, 0.109, True), (0.01, 0.111, False), (0.02, 0.111, True), (None, 0.109, False)]
+)
+def test_search_in_which_all_rates_are_within_the_margin_has_no_edge(margin, top, alike):
+    result = new_result(split="validation", grid=[0.01, 0.1, 1.0, 10.0], margin=margin)
+    for rate, value in zip(result.grid, [0.1, 0.1, top, math.nan], strict=True):
+        result.add_run("a", 0, {"validation": {"accuracy": value}}, rate=rate)
+    result.add_run("b", 0, {"validation": {"accuracy": 0.1}}, rate=10.0)
+    first, second = result.search_summary()
+    assert (first["best"], first["alike"], first["at_edge"]) == (1.0, alike, False)
+    assert (second["best"], second["alike"], second["at_edge"]) == (10.0, False, True)
+    result.grid = [0.01, 0.1, 1.0]
+    assert result.search_summary()[0]["at_edge"] == (not alike)
