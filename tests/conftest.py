@@ -33,22 +33,6 @@ def import_recipe():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def save_the_time_of_optimization():
-    """Compile without most optimisations: tiny trainings take less time than to optimise them.
-
-    What TensorFlow makes of recipes with them shows where they run as scripts.
-    """
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-    if keras.backend.backend() == "jax":
-        import jax
-
-        jax.config.update("jax_disable_most_optimizations", True)
-
-
-@pytest.fixture(autouse=True, scope="session")
 def share_programs(tmp_path_factory):
     """On JAX, compile a program once only, though each model of one shape asks for it anew: that halves the time."""
     if keras.backend.backend() == "jax":

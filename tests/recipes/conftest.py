@@ -35,6 +35,28 @@ class Unlabelled(Colour):
     SUPERVISED_KEYS = None
 
 
+@pytest.fixture(autouse=True, scope="module")
+def save_the_time_of_optimization():
+    """Compile without most optimisations: tiny trainings take less time than to optimise them.
+
+    With all that TensorFlow does, recipes run as scripts, in the test that they stand alone.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+        yield
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
+    elif keras.backend.backend() == "jax":
+        import jax
+
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+    else:
+        yield
+
+
 @pytest.fixture(autouse=True, scope="session")
 def read_the_embedded_images_once():
     """Reading the embedded images takes longer than most tests: a process does so once for each split."""
