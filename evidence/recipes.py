@@ -16,6 +16,7 @@ THEMES = [
     "gradients",
     "normalization",
     "regularization",
+    "losses",
     "averaging",
     "optimizers",
     "schedules",
