@@ -20,6 +20,9 @@ from .statistics import FEWEST_SEEDS
 DASHES = ["-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1))]
 # Two panels side by side with letters that can be read where both are as wide as a phone.
 PANEL = 3.7, 3.5
+
+# So many fit into a line of a panel's title, also where the names beside another panel make this one narrower.
+LETTERS = 26
 RC = {
     "svg.fonttype": "none",
     "svg.hashsalt": "comparison",
@@ -94,7 +97,7 @@ def _figure_of_comparison(result):
     for panel, each in zip(panels, axes, strict=False):
         _draw_lines(panel, each, lines)
     if has_differences:
-        letters = 60 if is_alone or count == 1 else 26
+        letters = 60 if is_alone or count == 1 else LETTERS
         _draw_differences(result, axes[len(panels)], runs, lines, labels, letters)
     drawn = dict.fromkeys(variant for panel in panels for variant, *_ in panel["points"])
     names = {variant: _label(display_name(variant)) for variant in runs if variant in drawn}
@@ -164,7 +167,7 @@ def _draw_lines(panel, axes, lines):
         axes.plot(places, middle, marker="o" if len(middle) == 1 or is_named else None, **line)
         axes.fill_between(places, by_place["min"], by_place["max"], color=line["color"], alpha=0.2, linewidth=0)
     axes.set(
-        title=_label(textwrap.fill(panel["title"], 30)),
+        title=_label(textwrap.fill(panel["title"], LETTERS)),
         xlabel=_label(panel["by"]),
         ylabel=_label(textwrap.fill(panel["ylabel"], 30)),
         yscale=panel["scale"],

@@ -207,6 +207,20 @@ def test_names_of_many_variants_do_not_overlap(signals, name):
     assert all(lower.y1 <= upper.y0 for upper, lower in zip(boxes, boxes[1:], strict=False))
 
 
+@pytest.mark.parametrize("signals", [0, 1, 2, 3])
+def test_titles_stay_within_the_picture_beside_long_names(signals):
+    curves = {"accuracy": [0.5, 0.6], "val_accuracy": [0.4, 0.5]}
+    result = new_result({"a": [0.5, 0.5], "eighteen letters 1": [0.6, 0.7]}, curves)
+    for number in range(signals):
+        add_signal(result, "a", 0, f"loss on the training images {number}", [1.0, 2.0])
+    figure = draw(result)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        box = axes.title.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.width
+
+
 def test_search_is_drawn_by_rate():
     result = Result(baseline="a", metric="accuracy", mode="max", split="validation", grid=[0.01, 0.1, 1.0])
     for rate, value in zip(result.grid, (0.5, 0.7, np.nan), strict=True):
