@@ -457,9 +457,10 @@ def _group_clause(kind, rows, result):
 
 def _meaning_of_search(result):
     sentences = [f"Means on {result.split} data; {DASH}: diverged, or not in the grid."]
-    if edges := [f"**{_name(row['variant'])}**" for row in result.search_summary() if row["at_edge"]]:
+    rows = result.search_summary()
+    if edges := [f"**{_name(row['variant'])}**" for row in rows if row["at_edge"]]:
         sentences.append(f"A better rate may lie beyond the grid for {_enumerated(edges)}.")
-    if alike := [f"**{_name(row['variant'])}**" for row in result.search_summary() if row["alike"]]:
+    if alike := [f"**{_name(row['variant'])}**" for row in rows if row["alike"]]:
         sentences.append(f"No rate stands out for {_enumerated(alike)}: all means lie within the margin.")
     return sentences
 

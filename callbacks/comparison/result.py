@@ -314,7 +314,7 @@ class Result:
                     "variant": variant,
                     "means": {rate: known.get(rate) for rate in means},
                     "best": best,
-                    "at_edge": best in (min(self.grid), max(self.grid)) and not alike,
+                    "at_edge": best is not None and not alike and best in (min(self.grid), max(self.grid)),
                     "alike": alike,
                 }
             )

@@ -42,8 +42,8 @@ def values_not_finite(signs, limits):
             f"{signs['norms_not_finite']} of the {signs['recorded']} recorded gradients are not finite, although the "
             f"loss is: the first at step {signs['first_norm_not_finite']}, in layer {layer!r}."
         )
-    if grew(signs) and signs.get("last", 0.0) > signs.get("first_batch", math.inf):
-        # Losses that grow, and stay, make them so.
+    if grew(signs) and signs.get("last", 0.0) > limits["peak"] * signs.get("first_batch", math.inf):
+        # A loss that grew, and stayed, makes them so.
         return None
     for what in ("weights", "outputs"):
         if share := signs.get(f"{what}_not_finite"):

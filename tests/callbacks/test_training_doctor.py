@@ -773,6 +773,19 @@ def test_bad_arguments_are_refused_by_name(arguments, message):
         TrainingDoctor(**arguments)
 
 
+@pytest.mark.parametrize(("first_update_ratio", "is_told"), [(0.9, False), (1.1, True)])
+def test_batches_that_are_hard_each_epoch_excuse_no_step_larger_than_the_weights(first_update_ratio, is_told):
+    lost = POOR | {"probe": 0.95, "last": 0.95, "highest": 8.0, "highest_of_last": 4.0}
+    assert (("rate too high", FAULT) in told(lost | {"first_update_ratio": first_update_ratio})) == is_told
+
+
+@pytest.mark.parametrize(("last", "finding"), [(4.9, "values not finite"), (5.1, "rate too high")])
+def test_outputs_that_are_not_finite_are_laid_to_a_loss_that_grew_and_stayed(last, finding):
+    sick = {"outputs_not_finite": 0.2, "first_update_ratio": 2.0, "highest": 20.0, "first_batch": 1.0, "last": last}
+    sick |= {"first": 0.9, "probe": last, "probe_rise": last - 1.0}
+    assert [name for name, level in told(sick) if level == FAULT] == [finding]
+
+
 # Manners
 
 
@@ -793,7 +806,7 @@ def test_second_fit_begins_anew_and_training_is_left_as_it_was():
     assert "rate too high" in names(doctor)
     model = build_model()
     examine(model, doctor=doctor)
-    assert reproaches(doctor) == []
+    assert names(doctor) == []
     assert "apply" not in vars(model.optimizer)
     plain = build_model()
     plain.fit(INPUTS, TARGETS, epochs=4, batch_size=32, verbose=0, shuffle=False)

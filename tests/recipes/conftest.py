@@ -41,20 +41,20 @@ def save_the_time_of_optimization():
 
     With all that TensorFlow does, recipes run as scripts, in the test that they stand alone.
     """
+    optimize(False)
+    yield
+    optimize(True)
+
+
+def optimize(enabled):
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-        yield
-        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": not enabled})
     elif keras.backend.backend() == "jax":
         import jax
 
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
-    else:
-        yield
+        jax.config.update("jax_disable_most_optimizations", not enabled)
 
 
 @pytest.fixture(autouse=True, scope="session")

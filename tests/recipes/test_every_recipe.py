@@ -71,11 +71,14 @@ def observed_with_another_seed(recipe):
     """A call of the recipe's main with the first and the last variant: a search, where it has one."""
     module = load_module(recipe)
     first, *_, last = module.VARIANTS
-    has_search = "search" in inspect.signature(module.main).parameters
     with run_eagerly():
-        call = observe(recipe, 0, [first, last], **({"search": True} if has_search else {}))
+        call = observe(recipe, 0, [first, last], **({"search": True} if has_search(module) else {}))
     forget_programs()
     return call
+
+
+def has_search(module):
+    return "search" in inspect.signature(module.main).parameters
 
 
 @contextlib.contextmanager
@@ -259,7 +262,7 @@ def test_every_training_has_the_rate_of_its_variant_which_falls_to_zero(recipe, 
 
 
 def test_search_tries_each_rate_on_validation_data(recipe, observed_with_another_seed):
-    if "search" not in inspect.signature(load_module(recipe).main).parameters:
+    if not has_search(load_module(recipe)):
         pytest.skip("the recipe's variants have no rates of their own")
     call = observed_with_another_seed
     assert all(kind != "test" for kind, _, _ in call.events)
