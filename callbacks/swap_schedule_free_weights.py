@@ -26,7 +26,8 @@ class SwapScheduleFreeWeights(keras.callbacks.Callback):
     next, while it is evaluated or predicts, and when training has ended. The y are kept, and put back to the bit.
 
     On TensorFlow and PyTorch, the optimizer of Keras 3.15.1 reads z after it has changed it, and so trains at x itself.
-    With this callback, the steps of `fit` are those of the paper there too.
+    On TensorFlow, `fit` builds it within a graph, where z begins at 0: the first step throws the model's weights away.
+    With this callback, z begins at the weights, and the steps of `fit` are those of the paper there too.
 
     In the list it comes before callbacks that save or evaluate at the end of an epoch, and before
     `EarlyStopping(restore_best_weights=True)`. `BackupAndRestore` comes before it, to save y, with which training goes
@@ -238,7 +239,7 @@ class SwapScheduleFreeWeights(keras.callbacks.Callback):
         return [
             (variable, z, float(each.beta_1))
             for each in self._members(self._optimizer())
-            if each.built and int(keras.ops.convert_to_numpy(each._iterations))
+            if each.built and int(keras.ops.convert_to_numpy(each.iterations))
             for variable, z in zip(each._trainable_variables, each._momentums, strict=True)
             if z is not None
         ]
@@ -330,13 +331,15 @@ def _reads_z_late():
 
 
 def _correct(optimizer):
-    """Return the update as it is when z is read before it is changed."""
+    """Return the update as it is when z begins at the weights, and is read before it is changed."""
     update_step = optimizer.update_step
 
     def corrected_update_step(gradient, variable, learning_rate):
         # Private: there is no public access to an optimizer's sequences. Tried on Keras 3.15.
         z = optimizer._momentums[optimizer._get_variable_index(variable)]
-        z_before = keras.ops.copy(z)
+        # At the first step, what z should begin at: built within a graph, it would begin at 0.
+        z_before = keras.ops.where(optimizer.iterations == 0, variable, z)
+        optimizer.assign(z, z_before)
         update_step(gradient, variable, learning_rate)
         step = keras.ops.cast(optimizer.iterations + 1, z.dtype)
         share = (1 - 1 / step) * (1 - keras.ops.cast(optimizer.beta_1, z.dtype))

@@ -122,7 +122,8 @@ def simulated(gradient, start, steps, rate, beta_1, beta_2=0.999, epsilon=1e-8):
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("beta_1", [0.5, 0.9])
-def test_training_is_that_of_the_paper(beta_1, mode):
+@pytest.mark.parametrize("is_built", [True, False])
+def test_training_is_that_of_the_paper(beta_1, mode, is_built):
     """On the loss Σ w²/2, whose gradient is w, against the algorithm in NumPy."""
     model = keras.Sequential([keras.Input((1,)), layers.Dense(2, use_bias=False)])
     model.compile(
@@ -132,7 +133,8 @@ def test_training_is_that_of_the_paper(beta_1, mode):
     )
     start = np.array([1.0, -3.0])
     model.set_weights([start[None]])
-    model.optimizer.build(model.trainable_variables)
+    if is_built:
+        model.optimizer.build(model.trainable_variables)
     recorder, ones = Recorder(), np.ones((48, 1), "float32")
     model.fit(ones, np.ones((48, 2)), batch_size=4, verbose=0, callbacks=[SwapScheduleFreeWeights(), recorder])
     expected = list(simulated(lambda weights: weights, start, 12, 0.1, beta_1))
