@@ -16,6 +16,7 @@ THEMES = [
     "gradients",
     "normalization",
     "regularization",
+    "augmentation",
     "losses",
     "averaging",
     "optimizers",

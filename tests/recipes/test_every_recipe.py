@@ -176,7 +176,9 @@ def rates_of(optimizer, steps, callbacks):
     if not isinstance(rate, dict):
         return rate, rate, rate
     schedule = keras.optimizers.schedules.deserialize(rate)
-    values = [float(schedule(step)) for step in range(steps + 1)]
+    # Where gradients are accumulated, the schedule counts batches, and the first step is made at the last of several.
+    first = (optimizer.gradient_accumulation_steps or 1) - 1
+    values = [float(schedule(first + step)) for step in range(steps + 1)]
     return max(values), values[-2], values[-1]
 
 
@@ -256,7 +258,9 @@ def test_every_training_has_the_rate_of_its_variant_which_falls_to_zero(recipe, 
     assert observed[0].rates.keys() >= module.VARIANTS.keys() or recipe.stem == "ensemble"
     for variant, value in module.VARIANTS.items():
         for highest, last, end in observed[0].rates.get(variant, []):
-            assert highest == pytest.approx(value[-1] if isinstance(value, tuple) else value)
+            # Where the rate of a batch size is made from that of another, the recipe's own test asks for it.
+            if recipe.stem != "batch_size_scaling":
+                assert highest == pytest.approx(value[-1] if isinstance(value, tuple) else value)
             assert last > 0
             assert end == pytest.approx(0, abs=1e-9) or may_end_at_a_constant_rate(recipe)
 
@@ -280,7 +284,8 @@ def may_end_at_a_constant_rate(recipe):
 
     So it is in part where techniques are combined, and left out in turn.
     """
-    return recipe.parent.name in ("schedules", "averaging", "combined") or recipe.stem == "early_stopping"
+    about_that = recipe.parent.name in ("schedules", "averaging", "combined")
+    return about_that or recipe.stem in ("early_stopping", "noisy_labels")
 
 
 @same_on_all_backends
