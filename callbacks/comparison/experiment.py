@@ -579,6 +579,8 @@ class Comparison:
         if variant in self._checked or has_own_steps:
             return
         self._checked.add(variant)
+        # Left as it is: on TensorFlow, one that `fit` builds may begin elsewhere, as ScheduleFreeAdamW does (Keras 3.15).
+        optimizer, model.optimizer = model.optimizer, None
         try:
             # Private: TensorFlow builds the metrics with the first step only. Nothing but shapes is used of the
             # example. Tried on Keras 3.15.
@@ -587,6 +589,8 @@ class Comparison:
         except Exception:
             # It will be noticed when the run is evaluated.
             return
+        finally:
+            model.optimizer = optimizer
         if np.ndim(figures.get(self.result.metric, 0.0)):
             raise ValueError(
                 f"The metric {self.result.metric!r} is an array, which gives no order: average it (for F1Score, "

@@ -467,6 +467,23 @@ def test_metric_is_looked_for_before_training_with_data_set_objects_too():
     assert int(model.optimizer.iterations) == 0
 
 
+def test_looking_for_the_metric_leaves_training_as_it_is():
+    """Built before `fit`, ScheduleFreeAdamW begins elsewhere than in a graph of TensorFlow (Keras 3.15)."""
+
+    def trained_weights(*callbacks):
+        keras.utils.set_random_seed(0)
+        model = build_model()
+        model.compile(keras.optimizers.ScheduleFreeAdamW(0.01), "binary_crossentropy", metrics=["accuracy"])
+        fit(model, *callbacks, shuffle=False)
+        return model.get_weights()
+
+    expected = trained_weights()
+    with new_comparison() as comparison:
+        for _, _, run in comparison.runs({"a": 0}, 1):
+            for weight, expected_weight in zip(trained_weights(run), expected, strict=True):
+                np.testing.assert_array_equal(weight, expected_weight)
+
+
 def test_comparison_without_data_to_compare_on_is_refused():
     with pytest.raises(ValueError, match="pass test="):
         new_comparison(test=None).run("a", 0)
