@@ -579,7 +579,7 @@ class Comparison:
         if variant in self._checked or has_own_steps:
             return
         self._checked.add(variant)
-        # Left as it is: on TensorFlow, one that `fit` builds may begin elsewhere, as ScheduleFreeAdamW does (Keras 3.15).
+        # Left unbuilt: one that `fit` builds may begin elsewhere, as ScheduleFreeAdamW does on TensorFlow (Keras 3.15).
         optimizer, model.optimizer = model.optimizer, None
         try:
             # Private: TensorFlow builds the metrics with the first step only. Nothing but shapes is used of the
