@@ -8,7 +8,7 @@ and take x. Keras: `keras.optimizers.ScheduleFreeAdamW`, with β₁ = 0.9, and `
 
 Change: the optimizer, and one callback:
 
-    optimizer = keras.optimizers.ScheduleFreeAdamW(0.003)
+    model.compile(keras.optimizers.ScheduleFreeAdamW(0.003), ...)
     model.fit(..., callbacks=[SwapScheduleFreeWeights()])
 
 Keras alone never puts x into the model: validation, checkpoints and the end of `fit` all have y. In Keras 3.15 the
