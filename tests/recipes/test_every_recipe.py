@@ -54,13 +54,15 @@ def observed(recipe):
     """Two calls of the recipe's main.
 
     The second has other test data, and after the baseline, which gives all the same start, the other variants in
-    reversed order: it would show if a run depended on those before it.
+    reversed order: it would show if a run depended on those before it. To save time, only the last of them on the
+    other backends, for the order is the work of the same code there.
     """
     baseline, *others = load_module(recipe).VARIANTS
+    again = others if is_tensorflow else others[-1:]
     with run_eagerly():
         calls = [
             observe(recipe, 7, [baseline, *others]),
-            observe(recipe, 7, [baseline, *reversed(others)], replace_test_data=True),
+            observe(recipe, 7, [baseline, *reversed(again)], replace_test_data=True),
         ]
     forget_programs()
     return calls
@@ -227,8 +229,8 @@ def test_test_data_is_used_once_after_training(observed):
 
 def test_test_data_changes_nothing_but_test_figures_and_a_seed_repeats(observed):
     runs = [{run["variant"]: run for run in call.comparison.result.runs} for call in observed]
-    assert runs[0].keys() == runs[1].keys()
-    pairs = [(runs[0][variant], runs[1][variant]) for variant in runs[0]]
+    assert runs[0].keys() == runs[1].keys() if is_tensorflow else runs[0].keys() >= runs[1].keys()
+    pairs = [(runs[0][variant], runs[1][variant]) for variant in runs[1]]
     for first, second in pairs:
         # Without the names, which may be those of layers: they are numbered on from seed to seed.
         np.testing.assert_equal(list(first["curve"].values()), list(second["curve"].values()))
