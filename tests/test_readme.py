@@ -245,7 +245,7 @@ def stand_ins(recipe):
     names |= {"images": images, "labels": labels, "train": (images, labels), "validation": (images, labels)}
     names |= {"inputs": keras.Input((8, 8, 1)), "training_images": images, "classes": 3, "filters": 4, "logits": []}
     names |= {"x": images[:8] if recipe.stem == "monte_carlo_dropout" else keras.Input((8, 8, 8))}
-    names |= {"examples": count, "batch_size": 256, "epochs": 2}
+    names |= {"examples": count, "batch_size": 256, "epochs": 2, "epochs_per_cycle": 1, "cycle_steps": count // 32}
     # Those of one epoch with batches of 32.
     return StandIns(names | {"steps": count // 32, "steps_per_epoch": count // 32, "seed": 1, "member": 0})
 
