@@ -4,6 +4,7 @@ Nothing here imports Keras or a backend: cards and docstrings are read as text, 
 """
 
 import ast
+import dataclasses
 import functools
 import itertools
 import json
@@ -42,6 +43,10 @@ NOT_MEASURED = "Not measured yet: `{}` does it."
 COLUMNS_BESIDE = 4
 
 DASH = "–"
+
+# Seeds of a table of the noise floor, and the variant of it that has the baseline's seed.
+GROUP = 10
+AGAIN = "A again"
 
 
 def generated_files(root=ROOT):
@@ -550,6 +555,7 @@ def _measurements(root):
             if result
             else NOT_MEASURED.format(f"python -m evidence.{name}")
         )
+    shown["noise floor"] = _noise_floor(root)
     shown["training_doctor"] = (
         f"Healthy runs, and runs that were made sick. Several findings can hold of one run.\n\n"
         f"{markdown_table(doctor_table(doctor))}\n\n"
@@ -559,6 +565,48 @@ def _measurements(root):
         else NOT_MEASURED.format("python -m evidence.training_doctor")
     )
     return shown
+
+
+def _noise_floor(root):
+    """Return how often the verdict's rule was wrong where there was nothing to find."""
+    path = root / "evidence" / "reproducibility" / "noise_floor.json"
+    if not path.exists():
+        return NOT_MEASURED.format("python -m evidence noise_floor --seeds 200")
+    result = Result.load(path)
+    tables = list(verdicts_of_groups(result))
+    wrong = [sum("better" in verdict or "worse" in verdict for verdict in table) for table in tables]
+    deviation, lasting = spreads(result)
+    return (
+        f"**Its mistakes** were counted where there is nothing to find: one training under {len(tables[0]) + 1} names, "
+        f"each with seeds of its own ([noise floor](../recipes/reproducibility/README.md#noise-floor)). In "
+        f"{sum(map(bool, wrong))} of {len(tables)} tables of {GROUP} seeds it said better or worse, of {sum(wrong)} of "
+        f"{sum(map(len, tables))} differences; it allows itself one table in twenty. From seed to seed, accuracy has a "
+        f"deviation of {100 * deviation:.2f} points there. With a test set without end it would be "
+        f"{100 * lasting:.2f}."
+    )
+
+
+def verdicts_of_groups(result):
+    """Give, for each ten seeds of the noise floor, the verdicts on the names that differ in nothing but the seed."""
+    seeds = sorted({run["seed"] for run in result.runs})
+    for first in range(0, len(seeds) - GROUP + 1, GROUP):
+        chosen = seeds[first : first + GROUP]
+        group = dataclasses.replace(result, runs=[run for run in result.runs if run["seed"] in chosen], figures=[])
+        yield [row["verdict"] for row in group.summary() if row["variant"] not in (result.baseline, AGAIN)]
+
+
+def spreads(result):
+    """Return the standard deviation of test accuracy between trainings, and that which a larger test set would leave.
+
+    The latter is the root of the covariance of the accuracies on two halves of the test images: what they share is no
+    luck of the images.
+    """
+    accuracies = [result.figure_of(run) for run in result.runs if run["variant"] != AGAIN]
+    halves = {
+        name: [each["value"] for each in result.figures if each["name"] == name and each["variant"] != AGAIN]
+        for name in result.columns
+    }
+    return statistics.stdev(accuracies), math.sqrt(max(0, statistics.covariance(*halves.values())))
 
 
 def _read(path):
