@@ -2,12 +2,12 @@
 
 Symptom: your GPU or TPU is full, or slow, and its tensor cores sit idle.
 
-Technique: layers cast their inputs and weights to 16 bits, which halves the activations, and which matrix units multiply
-several times as fast. The variables and their updates stay in float32, for they are too small for 16 bits. bfloat16 has
-the range of float32 and 3 digits. float16 has one digit more, but small gradients become zero in it: the loss is
-multiplied by a large scale, and the gradients are divided by it. If one is not finite, the step is left out and the
-scale halved. Keras: `keras.config.set_dtype_policy`; with "mixed_float16" `compile` wraps the optimizer in
-`LossScaleOptimizer`.
+Technique: layers cast their inputs and weights to 16 bits. That halves the activations, and matrix units multiply such
+numbers several times as fast. The variables and their updates stay in float32, for they are too small for 16 bits.
+bfloat16 has the range of float32, and three digits. float16 has one digit more, but small gradients become zero in it:
+the loss is multiplied by a large scale, and the gradients are divided by it. If one of them is not finite, the step is
+left out and the scale halved. Keras: `keras.config.set_dtype_policy`; with "mixed_float16", `compile` wraps the
+optimizer in `LossScaleOptimizer`.
 
 Change: one line before the network is built, and the last layer, whose logits the loss needs exactly:
 
