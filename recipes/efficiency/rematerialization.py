@@ -151,20 +151,16 @@ def compile_model(model, steps):
 
 
 def peak_bytes():
-    """Return the peak memory of this process, of its GPU where it has one."""
-    if not any(device.startswith("gpu") for device in keras.distribution.list_devices()):
-        status = Path("/proc/self/status")
-        if status.exists():
-            # Not `resource`, which on Linux begins with the memory of the process that started this one.
-            return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
+    """Return the peak memory of this process, or NaN where it computes on a GPU, which has a memory of its own."""
+    if any(device.startswith("gpu") for device in keras.distribution.list_devices()):
+        return np.nan
+    status = Path("/proc/self/status")
+    if not status.exists():
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
-    raise NotImplementedError("The memory of a GPU is measured on JAX only: run this recipe with KERAS_BACKEND=jax.")
+    # Not `resource`, which on Linux begins with the memory of the process that started this one.
+    return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
 
 
 def print_peak(variant, dataset, data_dir, limit):

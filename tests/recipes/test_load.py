@@ -52,13 +52,11 @@ def test_copies_of_the_present_text_are_equal():
         ("corrupted", "corrupted record"),
     ],
 )
-def test_data_that_cannot_be_loaded_is_explained_in_the_last_line(
-    recipe, case, cause, colour_images, corrupted, tmp_path
-):
+def test_data_that_cannot_be_loaded_is_explained_in_the_last_line(recipe, case, cause, other_data, corrupted, tmp_path):
     dataset, data_dir = {
         "missing folder": ("colour", tmp_path / "missing"),
         "corrupted": ("fashion_mnist_10k", corrupted),
-    }.get(case, (case, colour_images))
+    }.get(case, (case, other_data))
     with pytest.raises(Exception) as caught:  # noqa: PT011, B017
         load_module(recipe).main(dataset=dataset, data_dir=data_dir, epochs=1)
     note = caught.value.__notes__[-1]
