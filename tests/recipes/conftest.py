@@ -136,9 +136,10 @@ def planned(monkeypatch):
         def fit(model, x, y, *, callbacks, **keywords):
             *_, run = callbacks
             found.append(types.SimpleNamespace(variant=run.variant, model=model, x=x, **keywords))
-            metrics = dict.fromkeys(["train", "test"], {"accuracy": 0.5})
+            metric = run.comparison.result.metric
+            metrics = dict.fromkeys(["train", "test"], {metric: 0.5})
             run.comparison._finish_run(run.variant, run.seed, metrics, {}, [], rate=run.rate)
-            return types.SimpleNamespace(history={"val_accuracy": [0.5], "val_loss": [0.5]})
+            return types.SimpleNamespace(history={f"val_{metric}": [0.5], "val_loss": [0.5]})
 
         monkeypatch.setattr(keras.Model, "fit", fit)
         recipe.main(**{"limit": 200} | flags)
