@@ -25,7 +25,7 @@ from callbacks.comparison.report import (
     time_like_the_baseline,
 )
 from callbacks.comparison.statistics import FEWEST_SEEDS, MOST_SEEDS
-from evidence.recipes import ROOT, find_recipes, measured_figures, measurements, read_card, read_headline
+from evidence.recipes import EXCLUSIVE, ROOT, find_recipes, measured_figures, measurements, read_card, read_headline
 from evidence.tables import (
     costs,
     doctor_note,
@@ -276,6 +276,7 @@ def _section(recipe):
         f"**You see:** {_with_fences(card['Symptom'])}",
         f"**Change:** {_with_fences(card['Change'], 'python')}",
         *_measured_parts(recipe, first),
+        *_on_gpu(recipe),
         f"**Cost:** {_with_fences(card['Cost'])}",
     ]
     # Only as long as it holds no figure that a new measurement would contradict.
@@ -480,6 +481,31 @@ def _made_by(recipe, path):
         f"{_seeds(seeds)}; {escape_markdown(settings)}. Keras {environment['keras']} on {environment['backend']}, "
         f"Python {environment['python']}; {environment['processor']}.\n\n```sh\n{' '.join(command)}\n```"
     )
+
+
+def _on_gpu(recipe):
+    """Return what `evidence.gpu` has found: the time of an epoch, and all figures if time is the recipe's subject."""
+    path = recipe.default.with_name(f"{recipe.path.stem}.gpu.json")
+    if not path.exists() or recipe.default not in recipe.results:
+        return []
+    here, there = recipe.results[recipe.default], Result.load(path)
+    seconds, seconds_there = map(seconds_an_epoch, (here, there))
+    parts = []
+    if seconds and seconds_there:
+        parts.append(
+            f"**On a GPU**, {there.environment['processor']} with {there.environment['backend']}, an epoch of "
+            f"**{_name(here.baseline)}** takes {seconds_there:.2g} s, and {seconds:.2g} s on the processor above."
+        )
+    if recipe.path.stem in EXCLUSIVE:
+        _, rest = _columns(there, there.summary())
+        parts += _tables({"variant on the GPU": [display_name(row["variant"]) for row in there.summary()]} | rest)
+    return parts
+
+
+def seconds_an_epoch(result):
+    """Return the median time of an epoch of the baseline, but for the first, in which it is compiled, or None."""
+    runs = [run["epoch_seconds"][1:] for run in result.runs if run["variant"] == result.baseline]
+    return statistics.median(sum(runs, [])) if any(runs) else None
 
 
 # Callbacks

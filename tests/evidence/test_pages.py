@@ -327,6 +327,22 @@ def test_mistakes_of_the_rule_are_counted_in_tables_of_ten_seeds(root):
     assert f"it would be {100 * np.sqrt(np.cov(even, odd)[0, 1]):.2f}." in text
 
 
+@pytest.mark.parametrize("is_about_time", [False, True])
+def test_time_on_a_gpu_stands_beside_that_on_the_processor(root, monkeypatch, is_about_time):
+    add_recipe(root)
+    add_result(root, {"off": OFF, "on": ON}, seconds={"off": (9.0, 2.0, 4.0), "on": (9.0, 1.0, 1.0)})
+    assert "On a GPU" not in page(root, "recipes/schedules/README.md")
+    environment = ENVIRONMENT | {"processor": "Fast Device", "backend": "jax 1.2"}
+    on_gpu = add_result(root, {"off": OFF[:1], "on": ON[:1]}, name="gpu", seconds={"off": (7.0, 0.5, 0.1)})
+    on_gpu.environment = environment
+    on_gpu.figures = [{"variant": "on", "seed": 0, "name": "ms a step", "value": 12.5}]
+    on_gpu.save(root / "evidence" / "schedules" / "quick_start.gpu.json")
+    monkeypatch.setattr("evidence.pages.EXCLUSIVE", {"quick_start"} if is_about_time else set())
+    text = page(root, "recipes/schedules/README.md")
+    assert "**On a GPU**, Fast Device with jax 1.2, an epoch of **off** takes 0.3 s, and 3 s on the processor" in text
+    assert ("12.5" in text) == is_about_time
+
+
 @pytest.mark.parametrize(
     "half_width, words", [(0.0079, "+0.82 ± 0.79"), (0.0082, "+0.8 ± 0.8"), (0.0074, "+0.8 ± 0.7")]
 )
