@@ -21,12 +21,9 @@ import pytest
 from callbacks import Comparison
 from evidence.pages import generated_files
 from evidence.recipes import ROOT, SEEDS, find_recipes, measurements, read_card, seeds_for, why_stale
-from tests.conftest import forget_programs, load_module
+from tests.conftest import ANOTHER, forget_programs, load_module
 
 LIMIT = 64
-
-# Another data set of the same kind for each that is embedded.
-ANOTHER = {"fashion_mnist_10k": "colour", "lending_club": "table", "shakespeare": "letters"}
 
 # The rates that a search tries here.
 SEARCHED = (0.01, 0.02)
