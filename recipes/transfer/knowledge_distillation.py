@@ -178,7 +178,7 @@ def main(
         settings={"dataset": dataset, "limit": limit, "epochs": epochs, "temperature": temperature},
         columns={
             "parameters": "of the network that is evaluated",
-            "as the teacher": "share of the test images on which it decides as the teacher does",
+            "as the teacher": "share of the validation images on which it decides as the teacher does",
         },
         save=save,
     ) as comparison:
@@ -203,7 +203,7 @@ def main(
             decisions = []
             for each in (network, teachers[run.seed]):
                 each.run_eagerly = True  # TensorFlow warns of a graph for each model that is used but once
-                decisions.append(each.predict(test[0], batch_size=256, verbose=0).argmax(axis=1))
+                decisions.append(each.predict(validation[0], batch_size=256, verbose=0).argmax(axis=1))
             comparison.add_figure(variant, run.seed, "as the teacher", np.mean(decisions[0] == decisions[1]))
     return comparison
 

@@ -104,7 +104,7 @@ def observe(path, seed, variants, replace_test_data=False, **flags):
     keras.utils.clear_session()
     module = load_module(path)
     load, fit = module.load, keras.Model.fit
-    events, rates, test_data, current = [], {}, [], []
+    events, rates, test_examples, current = [], {False: {}, True: {}}, set(), []
 
     def spy_on_loop(loop):
         def give(self, *arguments):
@@ -118,7 +118,7 @@ def observe(path, seed, variants, replace_test_data=False, **flags):
         train, validation, (images, labels), classes = load(*arguments, **keywords)
         if replace_test_data:
             images, labels = images.max() - images, (labels + 1) % classes
-        test_data.append(images)
+        test_examples.update(image.tobytes() for image in images)
         return train, validation, (images, labels), classes
 
     class First(keras.callbacks.Callback):
@@ -133,7 +133,8 @@ def observe(path, seed, variants, replace_test_data=False, **flags):
         def on_train_begin(self, logs=None):
             self.has_begun = False
             steps = self.params["epochs"] * self.params["steps"]
-            rates.setdefault(*current, []).append(rates_of(self.model.optimizer, steps, self.others))
+            is_run = any(hasattr(each, "comparison") for each in self.others)
+            rates[is_run].setdefault(*current, []).append(rates_of(self.model.optimizer, steps, self.others))
 
         def on_train_batch_begin(self, batch, logs=None):
             if not self.has_begun:
@@ -146,7 +147,8 @@ def observe(path, seed, variants, replace_test_data=False, **flags):
 
     def spy_on_use(method):
         def use(self, x=None, *arguments, **keywords):
-            if isinstance(x, np.ndarray) and any(np.shares_memory(x, images) for images in test_data):
+            # The recipe may have copied some of them.
+            if isinstance(x, np.ndarray) and x[0].tobytes() in test_examples:
                 events.append(("test", self, None))
             return method(self, x, *arguments, **keywords)
 
@@ -166,7 +168,8 @@ def observe(path, seed, variants, replace_test_data=False, **flags):
             # It starts a process for each variant, for seconds; the recipe's own test does.
             patch.setattr(module, "peak_megabytes", lambda *arguments: 1.0)
         comparison = module.main(epochs=1, seeds=[seed], limit=LIMIT, **flags)
-    return types.SimpleNamespace(comparison=comparison, events=events, rates=rates)
+    # Where some trainings are runs, the others are what these begin with.
+    return types.SimpleNamespace(comparison=comparison, events=events, rates=rates[True] or rates[False])
 
 
 def rates_of(optimizer, steps, callbacks):
@@ -177,7 +180,11 @@ def rates_of(optimizer, steps, callbacks):
     # That which a loss scale, or the rates of layers, are wrapped around.
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     # Not the property, which makes a variable of a schedule.
-    rate = optimizer.get_config()["learning_rate"]
+    config = optimizer.get_config()
+    if "optimizer_map" in config:
+        # That of the layers without an optimizer of their own.
+        config = config["optimizer_map"]["config"]["default_optimizer"]["config"]
+    rate = config["learning_rate"]
     if not isinstance(rate, dict):
         return rate, rate, rate
     schedule = keras.optimizers.schedules.deserialize(rate)
