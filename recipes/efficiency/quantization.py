@@ -49,6 +49,9 @@ VARIANTS = {"float32": None, "int8": "int8", "int4": "int4", "int4, GPTQ": "gptq
 # The variant that answers the recipe's question, and its figure.
 HEADLINE = ("int8", "KB")
 
+# Units of a hidden layer.
+WIDTH = 256
+
 # Training images that GPTQ sees; predictions that are timed, each of so many images.
 CALIBRATION, REPETITIONS, TIMED = 128, 20, 256
 
@@ -90,7 +93,7 @@ def build_model(image_shape, classes):
     x = inputs = keras.Input(image_shape)
     x = layers.Flatten()(x)
     for _ in range(2):
-        x = layers.Dense(256, activation="relu")(x)
+        x = layers.Dense(WIDTH, activation="relu")(x)
     return keras.Model(inputs, layers.Dense(classes)(x))
 
 

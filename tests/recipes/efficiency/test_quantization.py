@@ -8,7 +8,11 @@ IMAGE_SHAPE, CLASSES = (12, 12, 1), 3
 
 @pytest.fixture(scope="module")
 def recipe(import_recipe):
-    return import_recipe("efficiency/quantization")
+    recipe = import_recipe("efficiency/quantization")
+    with pytest.MonkeyPatch.context() as patch:
+        # GPTQ takes time for each column of a layer's weights.
+        patch.setattr(recipe, "WIDTH", 48)
+        yield recipe
 
 
 @pytest.fixture(scope="module")
