@@ -2,10 +2,10 @@
 
 Symptom: the trained network is too large for where it is to run.
 
-Technique: w ≈ s · q, with q a whole number of 8 or 4 bits and a scale s for each output channel, or for each group of
-weights of it. Each weight is wrong by at most half a step s. GPTQ rounds the weights one after another, and lets those
-that are not rounded yet make up for the error that the others have made on calibration data. Keras: `model.quantize`;
-layers of `Dense`, `EinsumDense` and `Embedding` change, convolutions do not (Keras 3.15).
+Technique: w ≈ s · (q - z), with q a whole number of 8 or 4 bits. The scale s is one for each output channel or, with 4
+bits, for each group of 128 weights of it, which then has a zero z of its own, too. A weight is wrong by half a step s
+at most. Keras: `model.quantize`; layers of `Dense`, `EinsumDense` and `Embedding` change, convolutions do not (Keras
+3.15).
 
 Change: a line after training:
 
@@ -15,21 +15,19 @@ Change: a line after training:
 The second line leaves the optimizer out, whose state makes Adam's files three times as large: `include_optimizer=False`
 does not reach this format.
 
-Look for: the size of the file, and the accuracy, which 8 bits should keep. With 4 bits see whether calibration wins
-anything. The time to predict tells whether your hardware multiplies whole numbers: where it does not, the weights are
-turned back into floats for each batch, and nothing is faster.
+Look for: the size of the file, and the accuracy, which 8 bits should keep. With 4 bits see what the groups are worth.
+The time to predict tells whether your hardware multiplies whole numbers: where it does not, nothing is faster.
 
-Cost: seconds after training; GPTQ takes longer, and needs images like those to come. "int8" also rounds the inputs of
-each layer, for each example anew. The network can be trained no further, but for LoRA. In Keras 3.15, GPTQ fails for
-groups other than 128 weights if a layer has more inputs, cannot be saved while its configuration holds the layers, and
-cannot be loaded: keep the float32 network, and quantise where it runs.
+Cost: a second after training. "int8" also rounds the inputs of each layer, for each example anew. The network can be
+trained no further, but for LoRA. Keras has GPTQ, too, which rounds one weight after another and lets the others make up
+for the error that is seen on calibration data. It is not among the variants: in Keras 3.15 it never looks at these data
+and rounds as "int4" does, without an error (keras #23512, repaired since).
 
-Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", ICLR 2023,
-whose language model of 175 billion parameters loses 0.03 of perplexity 8.34 with 4 bits, and 2.2 with plain rounding.
+Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", ICLR 2023:
+a language model of 175 billion parameters loses 0.03 of a perplexity of 8.34 with 4 bits by GPTQ, and 2.2 by plain
+rounding.
 """
 
-import contextlib
-import io
 import tempfile
 import time
 from pathlib import Path
@@ -39,21 +37,23 @@ import keras
 import numpy as np
 import tensorflow_datasets as tfds
 from cyclopts.types import PositiveInt
-from keras import layers, ops
+from keras import layers
 
 from callbacks import Comparison
 
-# How the weights are quantised.
-VARIANTS = {"float32": None, "int8": "int8", "int4": "int4", "int4, GPTQ": "gptq"}
+# What `quantize` is given. By default int4 has groups of 128 weights.
+VARIANTS = {
+    "float32": None,
+    "int8": "int8",
+    "int4": "int4",
+    "int4, no groups": keras.quantizers.Int4QuantizationConfig(block_size=None),
+}
 
 # The variant that answers the recipe's question, and its figure.
 HEADLINE = ("int8", "KB")
 
-# Units of a hidden layer.
-WIDTH = 256
-
-# Training images that GPTQ sees; predictions that are timed, each of so many images.
-CALIBRATION, REPETITIONS, TIMED = 128, 20, 256
+# Predictions that are timed, each of so many images.
+REPETITIONS, TIMED = 20, 256
 
 # Many steps a call: equal weights, less time. On PyTorch, Keras knows single steps only.
 STEPS_PER_CALL = 1 if keras.backend.backend() == "torch" else 32
@@ -93,43 +93,25 @@ def build_model(image_shape, classes):
     x = inputs = keras.Input(image_shape)
     x = layers.Flatten()(x)
     for _ in range(2):
-        x = layers.Dense(WIDTH, activation="relu")(x)
+        x = layers.Dense(256, activation="relu")(x)
     return keras.Model(inputs, layers.Dense(classes)(x))
 
 
-def quantize(model, mode, images):
-    """Return a quantised copy of a trained model; GPTQ sees `images` of shape (examples, height, width, channels)."""
+def quantize(model, how):
+    """Return a copy of a trained model, quantised as `Model.quantize` is told, or not if that is None."""
     copy = keras.models.clone_model(model)
     copy.set_weights(model.get_weights())
-    if mode == "gptq":
-        first, *dense = copy.layers[1:]
-        config = keras.quantizers.GPTQConfig(
-            # Keras asks for texts, cut into sequences of tokens. Here a text is one token, the number of an image.
-            dataset=[np.arange(len(images))],
-            tokenizer="none",
-            num_samples=len(images),
-            sequence_length=1,
-            quantization_layer_structure={
-                "pre_block_layers": [lambda numbers: first(ops.take(images, numbers[:, 0], axis=0))[:, None]],
-                "sequential_blocks": dense,
-            },
-        )
-        with contextlib.redirect_stdout(io.StringIO()):  # it shows its progress
-            copy.quantize(config=config)
-        config.quantization_layer_structure = None  # the layers hold it, and cannot be saved with themselves
-    elif mode is not None:
-        copy.quantize(mode)  # the technique
+    if how is not None:
+        copy.quantize(**{"mode" if isinstance(how, str) else "config": how})  # the technique
     return copy
 
 
-def store(model, mode):
+def store(model):
     """Return the size of a saved model in kilobytes, and the model that is loaded from there."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.keras"
         keras.Model(model.inputs, model.outputs).save(path)  # without the optimizer's state
-        # What GPTQ has made Keras 3.15 cannot load.
-        loaded = model if mode == "gptq" else keras.saving.load_model(path)
-        return path.stat().st_size / 1000, loaded
+        return path.stat().st_size / 1000, keras.saving.load_model(path)
 
 
 def milliseconds(models, images):
@@ -188,10 +170,7 @@ def main(
                 steps_per_execution=min(steps, STEPS_PER_CALL),
             )
             model.fit(*train, batch_size=batch_size, epochs=epochs, verbose=0)
-            stored = {
-                variant: store(quantize(model, mode, train[0][:CALIBRATION]), mode)
-                for variant, mode in VARIANTS.items()
-            }
+            stored = {variant: store(quantize(model, how)) for variant, how in VARIANTS.items()}
             times = milliseconds({variant: loaded for variant, (_, loaded) in stored.items()}, validation[0][:TIMED])
             for variant, (kilobytes, loaded) in stored.items():
                 predicted = loaded.predict(images, batch_size=256, verbose=0).argmax(axis=-1)

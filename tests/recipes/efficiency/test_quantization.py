@@ -8,19 +8,12 @@ IMAGE_SHAPE, CLASSES = (12, 12, 1), 3
 
 @pytest.fixture(scope="module")
 def recipe(import_recipe):
-    recipe = import_recipe("efficiency/quantization")
-    with pytest.MonkeyPatch.context() as patch:
-        # GPTQ takes time for each column of a layer's weights.
-        patch.setattr(recipe, "WIDTH", 48)
-        yield recipe
+    return import_recipe("efficiency/quantization")
 
 
 @pytest.fixture(scope="module")
 def images():
-    # Correlated, for GPTQ wins nothing of independent pixels.
-    generator = np.random.default_rng(0)
-    mixing = generator.normal(size=(8, 144))
-    return (generator.normal(size=(64, 8)) @ mixing).reshape(-1, *IMAGE_SHAPE).astype("float32")
+    return np.random.default_rng(0).normal(size=(64, *IMAGE_SHAPE)).astype("float32")
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +23,8 @@ def model(recipe):
 
 
 @pytest.fixture(scope="module")
-def quantized(recipe, model, images):
-    return {mode: recipe.quantize(model, mode, images) for mode in recipe.VARIANTS.values()}
+def quantized(recipe, model):
+    return {variant: recipe.quantize(model, how) for variant, how in recipe.VARIANTS.items()}
 
 
 def dense_layers(model):
@@ -50,21 +43,25 @@ def test_weights_are_whole_numbers_wrong_by_half_a_step_at_most(model, quantized
         assert np.all(np.abs(whole * steps - kernel) <= 0.5001 * steps)
 
 
-def test_four_bits_have_sixteen_values_for_each_group_of_weights(model, quantized):
-    for layer, kernel in zip(dense_layers(quantized["int4"]), kernels(model), strict=True):
+@pytest.mark.parametrize("variant, group", [("int4", 128), ("int4, no groups", 10_000)])
+def test_four_bits_have_sixteen_values_for_each_group_of_weights(model, quantized, variant, group):
+    for layer, kernel in zip(dense_layers(quantized[variant]), kernels(model), strict=True):
         # Row by row of the identity, whose rounding is exact.
-        inputs = np.eye(len(kernel), dtype="float32")
-        restored = ops.convert_to_numpy(linear(layer, inputs))
-        for start in range(0, len(kernel), 128):
-            group, expected = restored[start : start + 128], kernel[start : start + 128]
-            step = (np.maximum(expected.max(axis=0), 0) - np.minimum(expected.min(axis=0), 0)) / 15
+        restored = ops.convert_to_numpy(linear(layer, np.eye(len(kernel), dtype="float32")))
+        for start in range(0, len(kernel), group):
+            some, expected = restored[start : start + group], kernel[start : start + group]
+            if group == 128:
+                step = (np.maximum(expected.max(axis=0), 0) - np.minimum(expected.min(axis=0), 0)) / 15
+            else:
+                step = np.abs(expected).max(axis=0) / 7
             # One step at the ends, where zero must be a whole number.
-            assert np.all(np.abs(group - expected) <= 1.01 * step + 1e-6)
-            assert np.median(np.abs(group - expected) / step) < 0.5
-            assert max(len(np.unique(np.round(column, 5))) for column in group.T) <= 16
+            assert np.all(np.abs(some - expected) <= 1.01 * step + 1e-6)
+            assert np.quantile(np.abs(some - expected) / step, 0.95) < 0.5
+            assert max(len(np.unique(np.round(column, 5))) for column in some.T) <= 16
 
 
 def linear(layer, inputs):
+    """Return what a layer gives without its activation."""
     activation, layer.activation = layer.activation, None
     try:
         return layer(inputs)
@@ -72,17 +69,16 @@ def linear(layer, inputs):
         layer.activation = activation
 
 
-def test_calibration_makes_the_error_of_the_outputs_smaller(model, quantized, images):
+def test_more_bits_and_groups_make_the_error_smaller(model, quantized, images):
     expected = ops.convert_to_numpy(model(images))
-    error = {mode: np.linalg.norm(ops.convert_to_numpy(each(images)) - expected) for mode, each in quantized.items()}
-    assert error[None] == 0
-    assert 0 < error["int8"] < error["gptq"] < error["int4"]
+    error = {name: np.linalg.norm(ops.convert_to_numpy(each(images)) - expected) for name, each in quantized.items()}
+    assert error["float32"] == 0
+    assert 0 < 5 * error["int8"] < error["int4"] < error["int4, no groups"]
 
 
-def test_network_is_left_as_it_was(recipe, model, images):
+def test_network_is_left_as_it_was(recipe, model):
     before = [weight.copy() for weight in model.get_weights()]
-    for mode in ("int8", "gptq"):
-        recipe.quantize(model, mode, images)
+    recipe.quantize(model, "int8")
     for weight, expected in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(weight, expected)
 
@@ -90,21 +86,46 @@ def test_network_is_left_as_it_was(recipe, model, images):
 def test_file_has_a_byte_or_half_a_byte_a_weight_and_loads_equal(recipe, model, quantized, images):
     weights = sum(kernel.size for kernel in kernels(model))
     sizes = {}
-    for mode, each in quantized.items():
-        sizes[mode], loaded = recipe.store(each, mode)
+    for variant, each in quantized.items():
+        sizes[variant], loaded = recipe.store(each)
         np.testing.assert_array_equal(loaded.predict(images, verbose=0), each.predict(images, verbose=0))
     # Beside the weights there are biases, scales and the description of the network.
-    for mode, bytes_each in {None: 4, "int8": 1, "int4": 0.5, "gptq": 0.5}.items():
-        assert 1 < 1000 * sizes[mode] / (weights * bytes_each) < (1.1 if mode is None else 3)
+    for variant, bytes_each in {"float32": 4, "int8": 1, "int4": 0.5, "int4, no groups": 0.5}.items():
+        assert 0 < 1000 * sizes[variant] - weights * bytes_each < 60_000
+
+
+@pytest.mark.skipif(keras.__version__ > "3.15.9", reason="repaired")
+def test_gptq_of_this_keras_is_plain_rounding(recipe, images):
+    """If it fails, Keras has changed: then GPTQ may become a variant."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((24,))
+    model = keras.Model(inputs, keras.layers.Dense(8)(inputs))
+    # Correlated, so that there is much to make up for.
+    generator = np.random.default_rng(0)
+    x = (generator.normal(size=(64, 4)) @ generator.normal(size=(4, 24))).astype("float32")
+    copy = recipe.quantize(model, None)
+    config = keras.quantizers.GPTQConfig(
+        # Keras asks for texts, cut into sequences of tokens. Here a text is one token, the number of an example.
+        dataset=[np.arange(len(x))],
+        tokenizer="none",
+        num_samples=len(x),
+        sequence_length=1,
+        quantization_layer_structure={
+            "pre_block_layers": [lambda numbers: ops.take(x, numbers, axis=0)],
+            "sequential_blocks": dense_layers(copy),
+        },
+    )
+    copy.quantize(config=config)
+    expected = recipe.quantize(model, "int4")
+    np.testing.assert_allclose(copy.predict(x), expected.predict(x), atol=1e-4)
 
 
 def test_figures_are_those_of_each_network_after_one_training(recipe, monkeypatch):
-    monkeypatch.setattr(recipe, "CALIBRATION", 8)
     made, timed = [], []
     store = recipe.store
 
-    def spy_on_store(model, mode):
-        made.append(store(model, mode))
+    def spy_on_store(model):
+        made.append(store(model))
         return made[-1]
 
     def give_times(models, images):
