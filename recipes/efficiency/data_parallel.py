@@ -219,9 +219,9 @@ def main(
         devices: number of devices in one process; the cores of a CPU are shared by as many as you like.
         processes: number of processes, each with one device.
     """
+    (images, _), _, test, classes = load(dataset, data_dir, limit)
     if keras.backend.backend() != "jax":
         raise NotImplementedError("Keras 3.15 does this on JAX only: run this recipe with KERAS_BACKEND=jax.")
-    (images, _), _, test, classes = load(dataset, data_dir, limit)
     steps = len(batches(images, images, 0))
     with Comparison(
         metric="accuracy",

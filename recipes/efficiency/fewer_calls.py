@@ -109,11 +109,11 @@ def main(
         limit: use only this many images of each split.
         save: NAME, to write the result to NAME.json and the picture to NAME.svg.
     """
+    train, validation, test, classes = load(dataset, data_dir, limit)
     if keras.backend.backend() == "torch":
         raise NotImplementedError(
             "Keras 3.15 makes single steps only on PyTorch: run this recipe with KERAS_BACKEND=tensorflow or jax."
         )
-    train, validation, test, classes = load(dataset, data_dir, limit)
     batch_size = 32
     steps = -(-len(train[0]) // batch_size)
     with Comparison(
