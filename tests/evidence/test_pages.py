@@ -321,6 +321,7 @@ def test_mistakes_of_the_rule_are_counted_in_tables_of_ten_seeds(root):
     text = page(root, "evidence/README.md")
     assert "one training under 3 names" in text
     assert "In 1 of 2 tables of 10 seeds it said better or worse, of 2 of 4 differences" in text
+    assert "a difference in 1 of 2 tables" in page(root, "README.md")
     even, odd = ([each[-1] for each in halves if each[2] == name and each[0] != "A again"] for name in columns)
     deviation = np.std(np.concatenate([accuracies[name] for name in "ABC"]), ddof=1)
     assert f"deviation of {100 * deviation:.2f} points" in text
