@@ -25,11 +25,6 @@ def build(recipe, policy):
     return model
 
 
-def weights_of(model):
-    # Copies, for on JAX training writes over the arrays.
-    return [weight.copy() for weight in model.get_weights()]
-
-
 @pytest.mark.parametrize("variant, bits, digits", [("float32", 32, 24), ("bfloat16", 16, 8), ("float16", 16, 11)])
 def test_layers_compute_in_few_bits_and_variables_and_logits_have_32(recipe, data, variant, bits, digits):
     model = build(recipe, recipe.VARIANTS[variant])
@@ -61,18 +56,18 @@ def test_gradient_that_is_not_finite_skips_the_step_and_halves_the_scale(recipe,
     optimizer = model.optimizer
     optimizer.build(model.trainable_variables)
     images, labels = data
-    before = weights_of(model)
+    before = model.get_weights()
     scale = float(ops.convert_to_numpy(optimizer.dynamic_scale))
     # Beyond the largest number of float16.
     model.fit(np.full_like(images, 1e6), labels, batch_size=32, verbose=0)
-    for weight, expected in zip(weights_of(model), before, strict=True):
+    for weight, expected in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(weight, expected)
     assert float(ops.convert_to_numpy(optimizer.dynamic_scale)) == scale / 2
     assert int(ops.convert_to_numpy(optimizer.iterations)) == 0
     # The scale is lowered until the gradients are finite.
     model.fit(images, labels, batch_size=32, epochs=10, verbose=0)
     assert 0 < int(ops.convert_to_numpy(optimizer.iterations)) <= 10
-    assert all(np.abs(weight - first).max() > 0 for weight, first in zip(weights_of(model), before, strict=True))
+    assert all(np.abs(weight - first).max() > 0 for weight, first in zip(model.get_weights(), before, strict=True))
 
 
 @pytest.mark.parametrize("policy, most", [("mixed_bfloat16", 0.1), ("mixed_float16", 0.03)])
@@ -87,9 +82,9 @@ def test_gradients_are_those_of_float32_up_to_rounding(recipe, data, policy, mos
         if each == "mixed_float16":
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=128.0)
         model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-        before = weights_of(model)
+        before = model.get_weights()
         model.fit(images, labels, batch_size=32, verbose=0)
-        moved.append([after - first for after, first in zip(weights_of(model), before, strict=True)])
+        moved.append([after - first for after, first in zip(model.get_weights(), before, strict=True)])
     for expected, gradient in zip(*moved, strict=True):
         error = np.linalg.norm(gradient - expected) / np.linalg.norm(expected)
         assert 0 < error < most
