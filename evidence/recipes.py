@@ -22,9 +22,6 @@ THEMES = [
     "optimizers",
     "schedules",
     "architectures",
-    "transfer",
-    "efficiency",
-    "reproducibility",
     "combined",
 ]
 
@@ -35,14 +32,7 @@ FURTHER = {"bag_of_tricks": {"ablation": ["--ablate"], "full": ["--dataset", "fa
 SEEDS, SEARCH_SEEDS = 10, 3
 
 # Recipes whose subject is time: each is measured alone, with all cores; its search is not, for it compares no times.
-EXCLUSIVE = {
-    "bag_of_tricks",
-    "data_parallel",
-    "fewer_calls",
-    "mixed_precision",
-    "quantization",
-    "rematerialization",
-}
+EXCLUSIVE = {"bag_of_tricks"}
 
 # Patterns of what a measured figure looks like.
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
