@@ -42,30 +42,31 @@ same_on_all_backends = pytest.mark.skipif(
     not is_tensorflow, reason="it is the same on all backends, and tested on TensorFlow"
 )
 
-# `pytest -m smoke` runs each recipe once: as a script on TensorFlow, and where that is left out, in the process itself.
-smoke_elsewhere = (lambda test: test) if is_tensorflow else pytest.mark.smoke
-
 # Made once, not once a recipe.
 generated = functools.cache(generated_files)
 
 
 @pytest.fixture(scope="module")
-def observed(recipe):
-    """Two calls of the recipe's main.
+def observed_once(recipe):
+    """A call of the recipe's main."""
+    with run_eagerly():
+        call = observe(recipe, 7, list(load_module(recipe).VARIANTS))
+    yield call
+    forget_programs()
 
-    The second has other test data, and after the baseline, which gives all the same start, the other variants in
-    reversed order: it would show if a run depended on those before it. To save time, only the last of them on the
-    other backends, for the order is the work of the same code there.
+
+@pytest.fixture(scope="module")
+def observed(recipe, observed_once):
+    """That call, and another one.
+
+    It has other test data, and after the baseline, which gives all the same start, the other variants in reversed
+    order: it would show if a run depended on those before it. To save time, only the last of them on the other
+    backends, for the order is the work of the same code there.
     """
     baseline, *others = load_module(recipe).VARIANTS
     again = others if is_tensorflow else others[-1:]
     with run_eagerly():
-        calls = [
-            observe(recipe, 7, [baseline, *others]),
-            observe(recipe, 7, [baseline, *reversed(again)], replace_test_data=True),
-        ]
-    forget_programs()
-    return calls
+        return [observed_once, observe(recipe, 7, [baseline, *reversed(again)], replace_test_data=True)]
 
 
 @pytest.fixture(scope="module")
@@ -184,28 +185,28 @@ def rates_of(optimizer, steps, callbacks):
     return max(values), values[-2], values[-1]
 
 
-@smoke_elsewhere
-def test_runs_and_gives_figures_that_are_finite_or_marked_as_diverged(recipe, observed):
-    comparison = observed[0].comparison
+@pytest.mark.smoke
+def test_runs_and_gives_figures_that_are_finite_or_marked_as_diverged(recipe, observed_once):
+    comparison = observed_once.comparison
     rows = comparison.summary()
     assert len(rows) >= 2
     assert all(row["diverged"] or math.isfinite(row["mean"]) for row in rows)
     assert rows[0]["variant"] == comparison.baseline == next(iter(load_module(recipe).VARIANTS))
 
 
-def test_every_run_has_a_new_model(observed):
-    started = [model for kind, model, _ in observed[0].events if kind == "start"]
+def test_every_run_has_a_new_model(observed_once):
+    started = [model for kind, model, _ in observed_once.events if kind == "start"]
     assert len({id(model) for model in started}) == len(started)
 
 
-def test_variants_of_a_seed_start_equal(observed, observed_with_another_seed):
-    call, _ = observed
-    if not call.comparison.result.same_start:
+def test_variants_of_a_seed_start_equal(observed_once, observed_with_another_seed):
+    if not observed_once.comparison.result.same_start:
         pytest.skip("the recipe's variants differ in shape, or their start is the subject")
     starts, others = [
-        [weights for kind, _, weights in each.events if kind == "start"] for each in (call, observed_with_another_seed)
+        [weights for kind, _, weights in each.events if kind == "start"]
+        for each in (observed_once, observed_with_another_seed)
     ]
-    assert len(starts) == len(call.comparison.result.runs)
+    assert len(starts) == len(observed_once.comparison.result.runs)
     for start in starts[1:]:
         for weight, expected_weight in zip(start, starts[0], strict=True):
             np.testing.assert_array_equal(weight, expected_weight)
@@ -240,26 +241,26 @@ def test_test_data_changes_nothing_but_test_figures_and_a_seed_repeats(observed)
 
 
 @same_on_all_backends
-def test_headline_is_a_literal_that_names_a_variant_and_perhaps_a_figure_of_it(recipe, observed):
+def test_headline_is_a_literal_that_names_a_variant_and_perhaps_a_figure_of_it(recipe, observed_once):
     statements = ast.parse(recipe.read_text(encoding="utf-8")).body
     assigned = {node.targets[0].id: node.value for node in statements if isinstance(node, ast.Assign)}
     headline = ast.literal_eval(assigned["HEADLINE"])
     variant, *figures = [headline] if isinstance(headline, str) else headline
     names = list(load_module(recipe).VARIANTS)
     assert variant in names[1:], "the baseline answers nothing"
-    added = {entry["name"] for entry in observed[0].comparison.result.figures if entry["variant"] == variant}
+    added = {entry["name"] for entry in observed_once.comparison.result.figures if entry["variant"] == variant}
     assert len(figures) <= 1
     assert added.issuperset(figures)
 
 
-def test_every_training_has_the_rate_of_its_variant_which_falls_to_zero(recipe, observed):
+def test_every_training_has_the_rate_of_its_variant_which_falls_to_zero(recipe, observed_once):
     module = load_module(recipe)
     if not hasattr(module, "GRID"):
         pytest.skip("the recipe's variants have no rates of their own")
     # The networks of an ensemble have their turn with the first variant.
-    assert observed[0].rates.keys() >= module.VARIANTS.keys() or recipe.stem == "ensemble"
+    assert observed_once.rates.keys() >= module.VARIANTS.keys() or recipe.stem == "ensemble"
     for variant, value in module.VARIANTS.items():
-        for highest, last, end in observed[0].rates.get(variant, []):
+        for highest, last, end in observed_once.rates.get(variant, []):
             # Where the rate of a batch size is made from that of another, the recipe's own test asks for it.
             if recipe.stem != "batch_size_scaling":
                 assert highest == pytest.approx(value[-1] if isinstance(value, tuple) else value)
@@ -352,7 +353,6 @@ def test_imports_nothing_else_of_this_project_and_no_backend(recipe):
     assert not imported & {"recipes", "evidence", "tests", "data", "tensorflow", "jax", "torch"}
 
 
-@pytest.mark.smoke
 @same_on_all_backends
 def test_stands_alone_with_any_data_set(recipe, interpreter, colour_images, tmp_path):
     home = tmp_path / "home"
