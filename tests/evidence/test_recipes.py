@@ -286,7 +286,8 @@ def test_comments_hold_no_measured_figure(path):
     ids=lambda path: f"{path.parent.name}/{path.stem}",
 )
 def test_what_is_written_by_hand_in_markdown_holds_no_measured_figure(path):
-    by_hand = re.sub(r"<!-- ([\w ]+): made .*?<!-- end of \1 -->", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = path.read_text(encoding="utf-8")
+    by_hand = re.sub(r"<!-- ([\w ]+): made .*?<!-- end of \1 -->", "", text, flags=re.DOTALL)
     assert not measured_figures(by_hand)
 
 
