@@ -4,6 +4,7 @@ Nothing here imports Keras or a backend: cards and docstrings are read as text, 
 """
 
 import ast
+import dataclasses
 import functools
 import itertools
 import json
@@ -24,7 +25,7 @@ from callbacks.comparison.report import (
     time_like_the_baseline,
 )
 from callbacks.comparison.statistics import FEWEST_SEEDS, MOST_SEEDS
-from evidence.recipes import ROOT, find_recipes, measured_figures, measurements, read_card, read_headline
+from evidence.recipes import EXCLUSIVE, ROOT, find_recipes, measured_figures, measurements, read_card, read_headline
 from evidence.tables import (
     costs,
     doctor_note,
@@ -43,6 +44,10 @@ COLUMNS_BESIDE = 4
 
 DASH = "–"
 
+# Seeds of a table of the noise floor, and the variant of it that has the baseline's seed.
+GROUP = 10
+AGAIN = "A again"
+
 
 def generated_files(root=ROOT):
     """Return {path: text} of every file that is made from cards, docstrings and results, as it should be now.
@@ -51,7 +56,8 @@ def generated_files(root=ROOT):
         ValueError: a file lacks one of the pairs of markers, or a recipe has no complete card.
     """
     recipes = list(map(_Recipe, find_recipes(root)))
-    files = {root / "README.md": {"symptoms": _symptoms(recipes), "recipes": _index(recipes)}}
+    readme = {"noise floor": _noise_floor_in_short(root), "symptoms": _symptoms(recipes), "recipes": _index(recipes)}
+    files = {root / "README.md": readme}
     files[root / "callbacks" / "README.md"] = {"callbacks": _callbacks(root)}
     files[root / "evidence" / "README.md"] = _measurements(root)
     texts = {}
@@ -271,6 +277,7 @@ def _section(recipe):
         f"**You see:** {_with_fences(card['Symptom'])}",
         f"**Change:** {_with_fences(card['Change'], 'python')}",
         *_measured_parts(recipe, first),
+        *_on_gpu(recipe),
         f"**Cost:** {_with_fences(card['Cost'])}",
     ]
     # Only as long as it holds no figure that a new measurement would contradict.
@@ -477,6 +484,31 @@ def _made_by(recipe, path):
     )
 
 
+def _on_gpu(recipe):
+    """Return what `evidence.gpu` has found: the time of an epoch, and all figures if time is the recipe's subject."""
+    path = recipe.default.with_name(f"{recipe.path.stem}.gpu.json")
+    if not path.exists() or recipe.default not in recipe.results:
+        return []
+    here, there = recipe.results[recipe.default], Result.load(path)
+    seconds, seconds_there = map(seconds_an_epoch, (here, there))
+    parts = []
+    if seconds and seconds_there:
+        parts.append(
+            f"**On a GPU**, {there.environment['processor']} with {there.environment['backend']}, an epoch of "
+            f"**{_name(here.baseline)}** takes {seconds_there:.2g} s, and {seconds:.2g} s on the processor above."
+        )
+    if recipe.path.stem in EXCLUSIVE:
+        _, rest = _columns(there, there.summary())
+        parts += _tables({"variant on the GPU": [display_name(row["variant"]) for row in there.summary()]} | rest)
+    return parts
+
+
+def seconds_an_epoch(result):
+    """Return the median time of an epoch of the baseline, but for the first, in which it is compiled, or None."""
+    runs = [run["epoch_seconds"][1:] for run in result.runs if run["variant"] == result.baseline]
+    return statistics.median(sum(runs, [])) if any(runs) else None
+
+
 # Callbacks
 
 
@@ -550,6 +582,7 @@ def _measurements(root):
             if result
             else NOT_MEASURED.format(f"python -m evidence.{name}")
         )
+    shown["noise floor"] = _noise_floor(root)
     shown["training_doctor"] = (
         f"Healthy runs, and runs that were made sick. Several findings can hold of one run.\n\n"
         f"{markdown_table(doctor_table(doctor))}\n\n"
@@ -559,6 +592,69 @@ def _measurements(root):
         else NOT_MEASURED.format("python -m evidence.training_doctor")
     )
     return shown
+
+
+def _noise_floor(root):
+    """Return how often the verdict's rule was wrong where there was nothing to find."""
+    result = _noise_floor_result(root)
+    if result is None:
+        return NOT_MEASURED.format("python -m evidence noise_floor --seeds 200")
+    names, tables, wrong_tables, differences, wrong = _mistakes(result)
+    deviation, lasting = spreads(result)
+    return (
+        f"**Its mistakes** were counted where there is nothing to find: one training under {names} names, each with "
+        f"seeds of its own ([noise floor](../recipes/reproducibility/README.md#noise-floor)). In {wrong_tables} of "
+        f"{tables} tables of {GROUP} seeds it said better or worse, of {wrong} of {differences} differences; it allows "
+        f"itself one table in twenty. From seed to seed, accuracy has a deviation of {100 * deviation:.2f} points "
+        f"there. With a test set without end it would be {100 * lasting:.2f}."
+    )
+
+
+def _noise_floor_in_short(root):
+    """Return a sentence of it for the README, where the rule is named."""
+    result = _noise_floor_result(root)
+    if result is None:
+        return NOT_MEASURED.format("python -m evidence noise_floor --seeds 200")
+    _, tables, wrong_tables, *_ = _mistakes(result)
+    return (
+        f"The rule itself is tested on trainings that differ in nothing but the seed: it saw a difference in "
+        f"{wrong_tables} of {tables} tables ([noise floor](recipes/reproducibility/README.md#noise-floor))."
+    )
+
+
+def _noise_floor_result(root):
+    path = root / "evidence" / "reproducibility" / "noise_floor.json"
+    return Result.load(path) if path.exists() else None
+
+
+def _mistakes(result):
+    """Return the numbers of names, of tables, of those that say better or worse, of differences, and of those so."""
+    tables = list(verdicts_of_groups(result))
+    wrong = [sum("better" in verdict or "worse" in verdict for verdict in table) for table in tables]
+    return len(tables[0]) + 1, len(tables), sum(map(bool, wrong)), sum(map(len, tables)), sum(wrong)
+
+
+def verdicts_of_groups(result):
+    """Give, for each ten seeds of the noise floor, the verdicts on the names that differ in nothing but the seed."""
+    seeds = sorted({run["seed"] for run in result.runs})
+    for first in range(0, len(seeds) - GROUP + 1, GROUP):
+        chosen = seeds[first : first + GROUP]
+        group = dataclasses.replace(result, runs=[run for run in result.runs if run["seed"] in chosen], figures=[])
+        yield [row["verdict"] for row in group.summary() if row["variant"] not in (result.baseline, AGAIN)]
+
+
+def spreads(result):
+    """Return the standard deviation of test accuracy between trainings, and that which a larger test set would leave.
+
+    The latter is the root of the covariance of the accuracies on two halves of the test images: what they share is no
+    luck of the images.
+    """
+    accuracies = [result.figure_of(run) for run in result.runs if run["variant"] != AGAIN]
+    halves = {
+        name: [each["value"] for each in result.figures if each["name"] == name and each["variant"] != AGAIN]
+        for name in result.columns
+    }
+    return statistics.stdev(accuracies), math.sqrt(max(0, statistics.covariance(*halves.values())))
 
 
 def _read(path):

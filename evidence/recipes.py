@@ -22,6 +22,9 @@ THEMES = [
     "optimizers",
     "schedules",
     "architectures",
+    "transfer",
+    "efficiency",
+    "reproducibility",
     "combined",
 ]
 
@@ -32,7 +35,14 @@ FURTHER = {"bag_of_tricks": {"ablation": ["--ablate"], "full": ["--dataset", "fa
 SEEDS, SEARCH_SEEDS = 10, 3
 
 # Recipes whose subject is time: each is measured alone, with all cores; its search is not, for it compares no times.
-EXCLUSIVE = {"bag_of_tricks"}
+EXCLUSIVE = {
+    "bag_of_tricks",
+    "data_parallel",
+    "fewer_calls",
+    "mixed_precision",
+    "quantization",
+    "rematerialization",
+}
 
 # Patterns of what a measured figure looks like.
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?"

@@ -89,7 +89,7 @@ def _measure(unit, recipe, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     keras.utils.clear_session()
     gc.collect()
-    main = _load(recipe).main
+    main = load_recipe(recipe).main
     _, bound, _ = cyclopts.App(default_command=main).parse_args(unit.flags, exit_on_error=False, print_error=False)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -100,7 +100,7 @@ def _measure(unit, recipe, path):
     return result.to_json()
 
 
-def _load(recipe):
+def load_recipe(recipe):
     """Import a recipe anew."""
     specification = importlib.util.spec_from_file_location(f"recipe_{recipe.stem}", recipe)
     module = importlib.util.module_from_spec(specification)

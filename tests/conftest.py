@@ -10,6 +10,10 @@ from evidence.recipes import ROOT
 gc.set_threshold(100_000, 50)
 
 
+# Another data set of the same kind, made by the fixture `other_data`, for each that is embedded.
+ANOTHER = {"fashion_mnist_10k": "colour", "lending_club": "table", "shakespeare": "letters"}
+
+
 def load_module(path):
     """Import the Python file at `path`, anew each time."""
     specification = importlib.util.spec_from_file_location(path.stem, path)

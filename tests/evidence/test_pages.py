@@ -303,6 +303,47 @@ def test_index_of_twice_as_many_recipes_has_room():
     assert len(readme) + recipes + 2 * (15 - themes) <= 200
 
 
+def test_mistakes_of_the_rule_are_counted_in_tables_of_ten_seeds(root):
+    accuracies = {name: GENERATOR.normal(0.8, 0.003, 25) for name in ("A", "A again", "B", "C")}
+    accuracies["A again"] = accuracies["A"]
+    # One table is wrong twice.
+    for name in ("B", "C"):
+        accuracies[name][10:20] = accuracies["A"][10:20] + 0.02 + GENERATOR.normal(0, 0.001, 10)
+    lasting = {name: GENERATOR.normal(0, 0.002, 25) for name in accuracies}
+    halves = [
+        (name, seed, half, 0.8 + lasting[name][seed] + GENERATOR.normal(0, 0.004))
+        for name in accuracies
+        for seed in range(25)
+        for half in ("even images", "odd images")
+    ]
+    columns = {"even images": "of the one half", "odd images": "of the other"}
+    add_result(root, accuracies, "reproducibility", "noise_floor", more=halves, columns=columns)
+    text = page(root, "evidence/README.md")
+    assert "one training under 3 names" in text
+    assert "In 1 of 2 tables of 10 seeds it said better or worse, of 2 of 4 differences" in text
+    assert "a difference in 1 of 2 tables" in page(root, "README.md")
+    even, odd = ([each[-1] for each in halves if each[2] == name and each[0] != "A again"] for name in columns)
+    deviation = np.std(np.concatenate([accuracies[name] for name in "ABC"]), ddof=1)
+    assert f"deviation of {100 * deviation:.2f} points" in text
+    assert f"it would be {100 * np.sqrt(np.cov(even, odd)[0, 1]):.2f}." in text
+
+
+@pytest.mark.parametrize("is_about_time", [False, True])
+def test_time_on_a_gpu_stands_beside_that_on_the_processor(root, monkeypatch, is_about_time):
+    add_recipe(root)
+    add_result(root, {"off": OFF, "on": ON}, seconds={"off": (9.0, 2.0, 4.0), "on": (9.0, 1.0, 1.0)})
+    assert "On a GPU" not in page(root, "recipes/schedules/README.md")
+    environment = ENVIRONMENT | {"processor": "Fast Device", "backend": "jax 1.2"}
+    on_gpu = add_result(root, {"off": OFF[:1], "on": ON[:1]}, name="gpu", seconds={"off": (7.0, 0.5, 0.1)})
+    on_gpu.environment = environment
+    on_gpu.figures = [{"variant": "on", "seed": 0, "name": "ms a step", "value": 12.5}]
+    on_gpu.save(root / "evidence" / "schedules" / "quick_start.gpu.json")
+    monkeypatch.setattr("evidence.pages.EXCLUSIVE", {"quick_start"} if is_about_time else set())
+    text = page(root, "recipes/schedules/README.md")
+    assert "**On a GPU**, Fast Device with jax 1.2, an epoch of **off** takes 0.3 s, and 3 s on the processor" in text
+    assert ("12.5" in text) == is_about_time
+
+
 @pytest.mark.parametrize(
     "half_width, words", [(0.0079, "+0.82 ± 0.79"), (0.0082, "+0.8 ± 0.8"), (0.0074, "+0.8 ± 0.7")]
 )

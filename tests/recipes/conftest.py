@@ -35,6 +35,39 @@ class Unlabelled(Colour):
     SUPERVISED_KEYS = None
 
 
+class Table(Colour):
+    """Rows of a number and a category, of 2 classes."""
+
+    SUPERVISED_KEYS = ("row", "label")
+
+    def _info(self):
+        row = {"size": tfds.features.Scalar(np.float32), "kind": tfds.features.ClassLabel(num_classes=3)}
+        features = {"row": row, "label": tfds.features.ClassLabel(num_classes=2)}
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=self.SUPERVISED_KEYS
+        )
+
+    def _split_generators(self, dl_manager):
+        counts = {"train": 50, "validation": 30, "test": 20}
+        return {split: self._generate_examples(count) for split, count in counts.items()}
+
+    def _generate_examples(self, count):
+        generator = np.random.default_rng(count)
+        for index in range(count):
+            yield index, {"row": {"size": generator.normal(), "kind": index % 3}, "label": int(index % 5 == 0)}
+
+
+class Letters(Table):
+    """Texts of the letters a to z."""
+
+    def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()}))
+
+    def _generate_examples(self, count):
+        generator = np.random.default_rng(count)
+        yield 0, {"text": "".join(generator.choice(list("abcdefghijklmnopqrstuvwxyz"), 100 * count))}
+
+
 @pytest.fixture(autouse=True, scope="module")
 def save_the_time_of_optimization():
     """Compile without most optimisations: tiny trainings take less time than to optimise them.
@@ -76,10 +109,10 @@ def read_the_embedded_images_once():
 
 
 @pytest.fixture(scope="session")
-def colour_images(tmp_path_factory):
-    """A folder with the data sets `colour` and `unlabelled`."""
+def other_data(tmp_path_factory):
+    """A folder with the data sets `colour`, `unlabelled`, `table` and `letters`."""
     folder = tmp_path_factory.mktemp("tfds")
-    for builder in (Colour, Unlabelled):
+    for builder in (Colour, Unlabelled, Table, Letters):
         builder(data_dir=folder).download_and_prepare()
     return folder
 
@@ -103,9 +136,10 @@ def planned(monkeypatch):
         def fit(model, x, y, *, callbacks, **keywords):
             *_, run = callbacks
             found.append(types.SimpleNamespace(variant=run.variant, model=model, x=x, **keywords))
-            metrics = dict.fromkeys(["train", "test"], {"accuracy": 0.5})
+            metric = run.comparison.result.metric
+            metrics = dict.fromkeys(["train", "test"], {metric: 0.5})
             run.comparison._finish_run(run.variant, run.seed, metrics, {}, [], rate=run.rate)
-            return types.SimpleNamespace(history={"val_accuracy": [0.5], "val_loss": [0.5]})
+            return types.SimpleNamespace(history={f"val_{metric}": [0.5], "val_loss": [0.5]})
 
         monkeypatch.setattr(keras.Model, "fit", fit)
         recipe.main(**{"limit": 200} | flags)

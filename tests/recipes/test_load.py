@@ -1,13 +1,14 @@
 """What `load` says of data that it cannot load: tested once for each text of it, for recipes repeat it."""
 
 import ast
+import inspect
 import shutil
 
 import keras
 import pytest
 
 from evidence.recipes import ROOT, find_recipes
-from tests.conftest import load_module
+from tests.conftest import ANOTHER, load_module
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="it is the same on all backends, and tested on TensorFlow"
@@ -26,13 +27,14 @@ def different_loads():
 
 @pytest.fixture(scope="module")
 def corrupted(tmp_path_factory):
-    """A folder with a copy of the embedded data set in which one byte is another."""
+    """A folder with copies of the embedded data sets, in each of which one byte is another."""
     folder = tmp_path_factory.mktemp("corrupted")
-    shutil.copytree(ROOT / "data" / "fashion_mnist_10k", folder / "fashion_mnist_10k")
-    (file,) = (folder / "fashion_mnist_10k" / "1.0.0").glob("*train.tfrecord*")
-    contents = bytearray(file.read_bytes())
-    contents[100] ^= 0xFF
-    file.write_bytes(contents)
+    for name in ANOTHER:
+        shutil.copytree(ROOT / "data" / name, folder / name)
+        (file,) = (folder / name / "1.0.0").glob("*train.tfrecord*")
+        contents = bytearray(file.read_bytes())
+        contents[100] ^= 0xFF
+        file.write_bytes(contents)
     return folder
 
 
@@ -48,19 +50,23 @@ def test_copies_of_the_present_text_are_equal():
         ("nonsense", "not found"),
         ("mnist", "could not find data"),
         ("missing folder", "there is no folder"),
-        ("unlabelled", "does not support a supervised structure"),
+        ("another kind", "does not support a supervised structure"),
         ("corrupted", "corrupted record"),
     ],
 )
-def test_data_that_cannot_be_loaded_is_explained_in_the_last_line(
-    recipe, case, cause, colour_images, corrupted, tmp_path
-):
+def test_data_that_cannot_be_loaded_is_explained_in_the_last_line(recipe, case, cause, other_data, corrupted, tmp_path):
+    module = load_module(recipe)
+    default = inspect.signature(module.main).parameters["dataset"].default
+    if case == "another kind" and default == "shakespeare":
+        # Texts need no labels.
+        cause = "Unknown split 'validation'"
     dataset, data_dir = {
-        "missing folder": ("colour", tmp_path / "missing"),
-        "corrupted": ("fashion_mnist_10k", corrupted),
-    }.get(case, (case, colour_images))
+        "missing folder": (ANOTHER[default], tmp_path / "missing"),
+        "corrupted": (default, corrupted),
+        "another kind": ("unlabelled", other_data),
+    }.get(case, (case, other_data))
     with pytest.raises(Exception) as caught:  # noqa: PT011, B017
-        load_module(recipe).main(dataset=dataset, data_dir=data_dir, epochs=1)
+        module.main(dataset=dataset, data_dir=data_dir, epochs=1)
     note = caught.value.__notes__[-1]
     assert cause in note
     assert repr(dataset) in note
