@@ -105,7 +105,7 @@ def main(
     train, validation, (images, labels), classes = load(dataset, data_dir, limit)
     batch_size = 128
     steps = -(-len(train[0]) // batch_size)
-    names = len(set(VARIANTS.values()))
+    names = 1 + max(VARIANTS.values())
     with Comparison(
         metric="accuracy",
         margin=0.01,
