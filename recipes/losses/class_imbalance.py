@@ -77,7 +77,8 @@ def load(dataset, data_dir, limit):
         arrays = []
         for table, labels in tfds.as_numpy(splits):
             columns = []
-            for name, feature in info.features[info.supervised_keys[0]].items():
+            # Sorted, for the set itself has its columns in another order in each process.
+            for name, feature in sorted(info.features[info.supervised_keys[0]].items()):
                 if isinstance(feature, tfds.features.ClassLabel):
                     columns.append(np.eye(feature.num_classes)[table[name]])
                 else:

@@ -17,10 +17,10 @@ Change: one callback of Keras, and one of your own, with a data set that shuffle
 Start the same script again after a crash: `fit` begins with the epoch that was lost.
 
 Look for: the distance between the final weights and those of a training that was never interrupted: 0 means that it is
-the same training. Then accuracy. With the weights alone the schedule begins anew, and its rates are too high to the end:
-a training that was too short profits from that, but it is another one than you planned. See, too, whether it matters
-that numbers are drawn again. If it does not, `BackupAndRestore` is enough for you, as long as nobody asks for the same
-figures twice.
+the same training. Then accuracy. With the weights alone the schedule begins anew, and its rates are too high to the
+end: a training that was too short profits from that, but it is another one than you planned. See, too, whether it
+matters that numbers are drawn again. If it does not, `BackupAndRestore` is enough for you, as long as nobody asks for
+the same figures twice.
 
 Cost: writing the weights and the optimizer, three times the size of the network with Adam, at the end of each epoch;
 `save_freq` takes steps instead, but `fit` then repeats the epoch from its beginning. The backup is deleted when `fit`

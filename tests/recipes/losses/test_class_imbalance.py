@@ -27,15 +27,15 @@ def test_numbers_are_standardised_by_the_training_rows_and_categories_are_column
     numbers = train[0][:, ~is_category]
     np.testing.assert_allclose(numbers.mean(axis=0), 0, atol=1e-4)
     np.testing.assert_allclose(numbers.std(axis=0), 1, rtol=1e-3)
-    # By the same numbers, not by their own.
-    raw = tfds.load("lending_club", data_dir=ROOT / "data", split=["train", "test"], batch_size=-1)
+    # The columns are in the order of their names, and those of the test rows are scaled by the same numbers.
+    raw, info = tfds.load(
+        "lending_club", data_dir=ROOT / "data", split=["train", "test"], batch_size=-1, with_info=True
+    )
+    widths = {name: getattr(feature, "num_classes", 1) for name, feature in info.features["loan"].items()}
+    column = sum(width for name, width in widths.items() if name < "int_rate")
     rates = [table["loan"]["int_rate"] for table in tfds.as_numpy(raw)]
-    (column,) = [
-        place
-        for place in range(119)
-        if np.allclose(train[0][:, place], (rates[0] - rates[0].mean()) / rates[0].std(), atol=1e-4)
-    ]
-    np.testing.assert_allclose(test[0][:, column], (rates[1] - rates[0].mean()) / rates[0].std(), atol=1e-4)
+    for (inputs, _), own in zip((train, test), rates, strict=True):
+        np.testing.assert_allclose(inputs[:, column], (own - rates[0].mean()) / rates[0].std(), atol=1e-4)
 
 
 def step(recipe, inputs, labels, **arguments):
