@@ -9,7 +9,7 @@ compiles the steps in any case. On PyTorch, Keras 3.15 knows single steps only.
 
 Change: one argument:
 
-    model.compile(..., steps_per_execution=32)
+    model.compile(optimizer, loss, steps_per_execution=32)
 
 Look for: the time of an epoch, and the distance between the final weights and those of single steps. More steps a call
 change nothing but the time. XLA adds in another order, so that its weights are equal up to rounding, which training

@@ -16,7 +16,7 @@ Change: `fit` and `compile` of another model, around both networks, which give l
         student_loss_weight=0.1,
     )
     distiller.compile(optimizer, loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    distiller.fit(...)  # afterwards the student is trained
+    distiller.fit(images, labels)  # afterwards the student is trained
 
 Name the loss as an object. With the default, "kl_divergence", Keras 3.15 puts the logits themselves into the formula,
 without softmax and without T².
