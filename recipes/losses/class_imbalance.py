@@ -45,7 +45,7 @@ from callbacks import Comparison
 VARIANTS = {
     "as it is": ("none", 0.001),
     "class weight": ("weight", 0.001),
-    "resampling": ("resampling", 0.001),
+    "resampling": ("resampling", 0.0003),
     "focal loss": ("focal", 0.001),
 }
 
