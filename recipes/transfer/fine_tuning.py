@@ -44,6 +44,9 @@ from keras import layers
 
 from callbacks import Comparison
 
+# The rate of the head where it is trained first.
+HEAD_RATE = 0.1
+
 # What is trained beside the head, and the best rate of GRID (--search).
 VARIANTS = {
     "from scratch": ("scratch", 0.03),
@@ -223,7 +226,9 @@ def main(
             if kind == "head first" and epochs > 1:
                 length = epochs - epochs // 2
                 head = build_model(base, classes - half, "frozen")
-                compile_and_fit(head, few, epochs // 2, batch_size, new_optimizer("frozen", 0.1, epochs // 2 * steps))
+                compile_and_fit(
+                    head, few, epochs // 2, batch_size, new_optimizer("frozen", HEAD_RATE, epochs // 2 * steps)
+                )
             model = build_model(base, classes - half, kind)
             if kind == "head first" and epochs > 1:
                 model.get_layer("head").set_weights(head.get_layer("head").get_weights())
