@@ -1,6 +1,6 @@
 """Class imbalance: what to do where one class is rare, and what each remedy changes: the ranking or the threshold.
 
-Symptom: nineteen of twenty examples are of one class, and the network predicts that class for all of them.
+Symptom: your network never predicts the rare class. Nineteen of twenty examples are of the other one.
 
 Technique: four remedies. `class_weight` multiplies the loss of the rare class by n₀ / n₁. Resampling repeats its
 examples as often. The focal loss, (1 - p)ᵞ · CE with the probability p of the right class, gives less weight to what is

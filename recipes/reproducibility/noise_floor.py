@@ -1,6 +1,6 @@
 """Noise floor: trains one network under six names, to see how often equal things seem to differ.
 
-Symptom: you changed a line, accuracy rose by half a point, and you wonder whether that was luck.
+Symptom: accuracy rose by half a point: was it the line that you changed, or luck?
 
 Technique: an A/A test. The same training has six names, each with seeds of its own, and goes through the same table as
 any technique. What differs there is noise, and a verdict of "better" or "worse" is a mistake of the rule. The rule
