@@ -304,7 +304,8 @@ def _measured_parts(recipe, path):
         tables = [_table(decisive), *_tables({"variant": decisive["variant"]} | rest)]
         meaning = _meaning(result, rows, recipe.headline if path == recipe.default else None)
         explained = map(escape_markdown, explanations(result, rows))
-        alternative = f"{name}: curves of each variant, and differences in {result.split} {result.metric}"
+        curves = "curves of each variant, and " if any(run["curve"] for run in result.runs) else ""
+        alternative = f"{name}: {curves}differences in {result.split} {result.metric}"
     return [
         f"![{alternative}](../../evidence/{recipe.theme}/{path.stem}.svg)",
         tables[0],

@@ -89,7 +89,8 @@ def _figure_of_comparison(result):
     lines_of_labels = len(labels) * max((label.count("\n") + 1 for label in labels.values()), default=0)
     heights = [PANEL[1]] * (rows - 1) + [max(PANEL[1], 2.2 + 0.28 * lines_of_labels)]
     with seaborn.axes_style("whitegrid"):
-        figure = Figure(figsize=(PANEL[0] * columns, sum(heights) + 0.5), layout="constrained")
+        # As wide as two panels even if there is one, whose title needs it.
+        figure = Figure(figsize=(PANEL[0] * 2, sum(heights) + 0.5), layout="constrained")
         grid = figure.add_gridspec(rows, columns, height_ratios=heights)
         places = [divmod(place, columns) for place in range(count)]
         spans = [grid[row, :] if is_alone and row == rows - 1 else grid[row, column] for row, column in places]

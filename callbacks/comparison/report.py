@@ -328,7 +328,7 @@ def _number(value, sign="-"):
 
 
 def _figure_cell(value):
-    if value is not None and abs(value) < 1e6 and value == int(value):
+    if value is not None and abs(value) < 1e6 and (value == int(value) or abs(value) >= 1e3):
         return f"{value:.0f}"
     # Four digits are enough of seconds.
     return f"{value:#.4g}" if value is not None and 1 <= abs(value) < 1e3 else _number(value)
