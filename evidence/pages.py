@@ -136,13 +136,10 @@ def _between_markers(path, text, name, part):
 
 
 def _symptoms(recipes):
-    """Return a line for each theme, with a phrase for each recipe."""
+    """Return a line for each theme, with a phrase for each recipe, which is the link to it."""
     lines = []
     for theme, of_theme in _by_theme(recipes):
-        phrases = [
-            f"{first_sentence(recipe.card['Symptom'])} → [{_in_text(recipe.card['Name'])}]({recipe.page})"
-            for recipe in of_theme
-        ]
+        phrases = [f"[{first_sentence(recipe.card['Symptom'])}]({recipe.page})" for recipe in of_theme]
         # A line of its own for each, but few lines of the file.
         lines.append(f"- **[{theme.capitalize()}](recipes/{theme}/README.md)**<br>{'<br>'.join(phrases)}")
     return "\n".join(lines)
@@ -667,12 +664,6 @@ def _read(path):
 
 def _one_line(text):
     return " ".join(text.split())
-
-
-def _in_text(name):
-    """Return a recipe's name as it stands within a sentence: in small letters, but for names of people and acronyms."""
-    first, _, rest = name.partition(" ")
-    return name if first in ("Monte",) else f"{first.lower()} {rest}".strip()
 
 
 def _name(variant):

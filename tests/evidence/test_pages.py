@@ -150,7 +150,7 @@ def test_readme_has_a_line_for_each_recipe_with_its_answer_and_its_times(root):
     assert answer == f"on: {interval_in_points(ON - OFF, comparisons=2)} points"
     assert time == "1.30 ×, 34 s"
     (line,) = [line for line in text.splitlines() if line.startswith("- **[Schedules](recipes/schedules/README.md)**")]
-    assert line.endswith("<br>nothing | begins → [quick start](recipes/schedules/README.md#quick-start)")
+    assert line.endswith("<br>[nothing | begins](recipes/schedules/README.md#quick-start)")
 
 
 @pytest.mark.parametrize(
