@@ -56,10 +56,11 @@ def generated_files(root=ROOT):
         ValueError: a file lacks one of the pairs of markers, or a recipe has no complete card.
     """
     recipes = list(map(_Recipe, find_recipes(root)))
-    readme = {"noise floor": _noise_floor_in_short(root), "symptoms": _symptoms(recipes), "recipes": _index(recipes)}
+    in_short, noise_floor = _noise_floor(root)
+    readme = {"noise floor": in_short, "symptoms": _symptoms(recipes), "recipes": _index(recipes)}
     files = {root / "README.md": readme}
     files[root / "callbacks" / "README.md"] = {"callbacks": _callbacks(root)}
-    files[root / "evidence" / "README.md"] = _measurements(root)
+    files[root / "evidence" / "README.md"] = {"noise floor": noise_floor} | _measurements(root)
     texts = {}
     for path, parts in files.items():
         text = path.read_text(encoding="utf-8")
@@ -580,7 +581,6 @@ def _measurements(root):
             if result
             else NOT_MEASURED.format(f"python -m evidence.{name}")
         )
-    shown["noise floor"] = _noise_floor(root)
     shown["training_doctor"] = (
         f"Healthy runs, and runs that were made sick. Several findings can hold of one run.\n\n"
         f"{markdown_table(doctor_table(doctor))}\n\n"
@@ -593,36 +593,22 @@ def _measurements(root):
 
 
 def _noise_floor(root):
-    """Return how often the verdict's rule was wrong where there was nothing to find."""
-    result = _noise_floor_result(root)
-    if result is None:
-        return NOT_MEASURED.format("python -m evidence noise_floor --seeds 200")
+    """Return how often the verdict's rule was wrong where there was nothing to find: in a sentence, and at length."""
+    path = root / "evidence" / "reproducibility" / "noise_floor.json"
+    if not path.exists():
+        return (NOT_MEASURED.format("python -m evidence noise_floor --seeds 200"),) * 2
+    result = Result.load(path)
     names, tables, wrong_tables, differences, wrong = _mistakes(result)
     deviation, lasting = spreads(result)
     return (
+        f"The rule itself is tested on trainings that differ in nothing but the seed: it saw a difference in "
+        f"{wrong_tables} of {tables} tables ([noise floor](recipes/reproducibility/README.md#noise-floor)).",
         f"**Its mistakes** were counted where there is nothing to find: one training under {names} names, each with "
         f"seeds of its own ([noise floor](../recipes/reproducibility/README.md#noise-floor)). In {wrong_tables} of "
         f"{tables} tables of {GROUP} seeds it said better or worse, of {wrong} of {differences} differences; it allows "
         f"itself one table in twenty. From seed to seed, accuracy has a deviation of {100 * deviation:.2f} points "
-        f"there. With a test set without end it would be {100 * lasting:.2f}."
+        f"there. With a test set without end it would be {100 * lasting:.2f}.",
     )
-
-
-def _noise_floor_in_short(root):
-    """Return a sentence of it for the README, where the rule is named."""
-    result = _noise_floor_result(root)
-    if result is None:
-        return NOT_MEASURED.format("python -m evidence noise_floor --seeds 200")
-    _, tables, wrong_tables, *_ = _mistakes(result)
-    return (
-        f"The rule itself is tested on trainings that differ in nothing but the seed: it saw a difference in "
-        f"{wrong_tables} of {tables} tables ([noise floor](recipes/reproducibility/README.md#noise-floor))."
-    )
-
-
-def _noise_floor_result(root):
-    path = root / "evidence" / "reproducibility" / "noise_floor.json"
-    return Result.load(path) if path.exists() else None
 
 
 def _mistakes(result):

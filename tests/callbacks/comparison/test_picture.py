@@ -221,6 +221,16 @@ def test_titles_stay_within_the_picture_beside_long_names(signals):
         assert box.x1 <= figure.bbox.width
 
 
+def test_title_and_label_of_a_panel_without_curves_beside_it_stay_within_the_picture():
+    figure = draw(new_result({"float32": [0.5, 0.5], "int4, no groups": [0.6, 0.7]}, baseline="float32"))
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    for text in (axes.title, axes.xaxis.label):
+        box = text.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.width
+
+
 def test_search_is_drawn_by_rate():
     result = Result(baseline="a", metric="accuracy", mode="max", split="validation", grid=[0.01, 0.1, 1.0])
     for rate, value in zip(result.grid, (0.5, 0.7, np.nan), strict=True):

@@ -175,11 +175,12 @@ def test_figures_called_like_a_column_have_a_column_of_their_own():
 
 
 def test_figures_are_whole_numbers_or_have_four_digits():
-    result = new_result({variant: [0.5, 0.6, 0.7] for variant in "abcd"})
-    for variant, values in {"a": [3, 1, np.inf], "b": [0.5, 0.25, 40], "c": [17.63928] * 3, "d": [4.5] * 3}.items():
+    result = new_result({variant: [0.5, 0.6, 0.7] for variant in "abcde"})
+    figures = {"a": [3, 1, np.inf], "b": [0.5, 0.25, 40], "c": [17.63928] * 3, "d": [4.5] * 3, "e": [1100.53] * 3}
+    for variant, values in figures.items():
         for seed, value in enumerate(values):
             result.figures.append({"variant": variant, "seed": seed, "name": "epochs to 0.8", "value": value})
-    assert table(result)["epochs to 0.8"] == ["3", "0.5000", "17.64", "4.500"]
+    assert table(result)["epochs to 0.8"] == ["3", "0.5000", "17.64", "4.500", "1101"]
     assert notes(result)[-1] == "epochs to 0.8: median over seeds."
 
 
