@@ -177,13 +177,14 @@ def main(
     ) as comparison:
         loop = comparison.search(VARIANTS, GRID, seeds) if search else comparison.runs(VARIANTS, seeds)
         for variant, (rank, learning_rate), run in loop:
-            base = build_base(train[0].shape[1:])
             # Once a seed, for all variants.
             if run.seed not in pretrained:
                 first = build_base(train[0].shape[1:])
                 compile_and_fit(build_model(first, half, None), of_classes(train, 0, half), 8, 64, 0.001)
                 pretrained[run.seed] = first.get_weights()
-                keras.utils.set_random_seed(run.seed)
+            # After the pretraining, which only a seed's first variant does.
+            keras.utils.set_random_seed(run.seed)
+            base = build_base(train[0].shape[1:])
             base.set_weights(pretrained[run.seed])
             model = build_model(base, classes - half, rank)
             compile_and_fit(model, few, epochs, 20, learning_rate, validation_data=validation, callbacks=[run])
