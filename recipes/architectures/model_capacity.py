@@ -1,4 +1,4 @@
-"""Model capacity: sets a network's number of parameters against the number of training images, and measures both.
+"""Model capacity: sets the number of parameters against that of training images, and measures both.
 
 Symptom: you do not know whether a larger network or more data would help. Accuracy is low on the training images, too
 (too little capacity), or much higher on them than on others (overfitting).

@@ -1,4 +1,4 @@
-"""Squeeze excitation: scales each channel of a convolution by a factor that the whole image decides.
+"""Squeeze excitation: scales each channel by a factor that the whole image decides.
 
 Symptom: a wider convolutional network is hardly better. Would channel attention do more with as many parameters?
 

@@ -1,4 +1,4 @@
-"""Image augmentation: shows the network another random version of every image in every epoch.
+"""Image augmentation: shows another random version of every image in every epoch.
 
 Symptom: you have few images, and the network knows them by heart. More data are not to be had.
 

@@ -1,4 +1,4 @@
-"""Fewer calls: executes many training steps in one call of the compiled function, or has the compiler fuse them.
+"""Fewer calls: makes many training steps in one call, or has the compiler fuse them.
 
 Symptom: your network is small, and the processor waits. A larger batch takes hardly more time.
 

@@ -1,4 +1,4 @@
-"""Vanishing gradients: measures how the gradient fades or grows on its way back through the layers, and what keeps it.
+"""Vanishing gradients: measures how the gradient fades or grows on its way back, layer by layer, and what keeps it.
 
 Symptom: the loss stays near that of guessing, at any learning rate. The network is deep or recurrent, and the gradients
 of its first layers are orders of magnitude smaller, or larger, than those of the last.

@@ -1,4 +1,4 @@
-"""Weight initialization: scales the first weights so that signals keep their size through all the layers.
+"""Weight initialization: scales the first weights so that signals keep their size, layer after layer.
 
 Symptom: a deep network learns nothing from the first epoch on, or only slowly. Its deep layers give nearly the same
 output for every input (signals vanish), or figures that are huge, infinite or saturated (signals explode).

@@ -1,4 +1,4 @@
-"""Noise layers: disturb the feature maps of a convolutional network in training, pixel by pixel or map by map.
+"""Noise layers: disturb feature maps in training, pixel by pixel or map by map.
 
 Symptom: dropout between your convolutions changes nothing. The network still overfits.
 

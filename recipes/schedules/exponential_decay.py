@@ -1,4 +1,4 @@
-"""Exponential decay: multiplies the learning rate by the same factor after every epoch.
+"""Exponential decay: multiplies the learning rate by one factor after every epoch.
 
 Symptom: late epochs jump up and down, while training loss falls slowly. A lower learning rate calms them, but is too
 slow at the start.

@@ -1,4 +1,4 @@
-"""Reduce on plateau: lowers the learning rate whenever the validation loss has stopped falling.
+"""Reduce on plateau: lowers the learning rate when the validation loss stops falling.
 
 Symptom: validation loss stands still, at a rate that was good before. Or it jumps about there, and you do not know
 beforehand when that will be.
