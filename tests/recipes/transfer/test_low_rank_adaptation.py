@@ -76,3 +76,21 @@ def test_head_alone_leaves_the_base_and_all_weights_change_it_in_all_directions(
     base, before, after, model = train(recipe, data, None)
     assert recipe.count(model.trainable_variables) == 26 * 256 + 257 * 256 + 256 * CLASSES + CLASSES
     assert np.linalg.matrix_rank(after[0] - before[0], tol=1e-4) == 25
+
+
+def test_first_variant_of_a_seed_has_no_other_start_than_those_after_it(recipe, monkeypatch):
+    starts, fit = [], recipe.compile_and_fit
+
+    def note_and_fit(model, *arguments, **keywords):
+        base, head = model.layers[-2:]
+        starts.append(
+            [*map(keras.ops.convert_to_numpy, [head.kernel, *(layer._kernel for layer in dense_layers(base))])]
+        )
+        return fit(model, *arguments, **keywords)
+
+    monkeypatch.setattr(recipe, "compile_and_fit", note_and_fit)
+    monkeypatch.setattr(recipe, "VARIANTS", {"all weights": (None, 0.001), "head alone": (0, 0.1)})
+    recipe.main(limit=64, epochs=1)
+    _, first, second = starts
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one, other)
