@@ -29,7 +29,13 @@ THEMES = [
 ]
 
 # What is measured of a recipe beside its default run and its search: the result's name, and the flags that make it.
-FURTHER = {"bag_of_tricks": {"ablation": ["--ablate"], "full": ["--dataset", "fashion_mnist_full"]}}
+FURTHER = {
+    "bag_of_tricks": {"ablation": ["--ablate"], "full": ["--dataset", "fashion_mnist_full"]},
+    "class_imbalance": {
+        "thinned": ["--dataset", "fashion_mnist_10k"],
+        "thinned.search": ["--dataset", "fashion_mnist_10k", "--search"],
+    },
+}
 
 # Seeds of a result, and of a search, which compares every rate of a grid, for which fewer do.
 SEEDS, SEARCH_SEEDS = 10, 3

@@ -55,6 +55,10 @@ HEADLINE = "class weight"
 # Learning rates of Adam.
 GRID = (0.0001, 0.0003, 0.001, 0.003, 0.01)
 
+# Of more than two classes, one is the rare one (a shirt, which networks confuse most with others): there are so many
+# examples of the others for each of its own.
+RARE, OTHERS = 6, 100
+
 # Many steps a call: equal weights, less time. On PyTorch, Keras knows single steps only.
 STEPS_PER_CALL = 1 if keras.backend.backend() == "torch" else 32
 
@@ -65,36 +69,60 @@ def load(dataset, data_dir, limit):
     """Return (inputs, labels) for training, validation and test, and the number of classes.
 
     Inputs are float32 arrays of shape (examples, columns): numbers of mean 0 and deviation 1 in training, and for each
-    category a column of 0 and 1. Nothing is downloaded.
+    category a column of 0 and 1; of images, all pixels with values 0 to 1. Nothing is downloaded.
     """
     try:
         if not data_dir.is_dir():
             raise FileNotFoundError(f"there is no folder {data_dir}")
-        split = ["train", "validation", "test"]
+        known = tfds.builder(dataset, data_dir=data_dir).info.splits
+        split = ["train", "validation", "test"] if "validation" in known else ["train[:80%]", "train[80%:]", "test"]
         splits, info = tfds.load(
             dataset, split=split, data_dir=data_dir, batch_size=-1, as_supervised=True, with_info=True, download=False
         )
-        arrays = []
-        for table, labels in tfds.as_numpy(splits):
-            columns = []
-            # Sorted, for the set itself has its columns in another order in each process.
-            for name, feature in sorted(info.features[info.supervised_keys[0]].items()):
-                if isinstance(feature, tfds.features.ClassLabel):
-                    columns.append(np.eye(feature.num_classes)[table[name]])
-                else:
-                    train = arrays[0][2][name] if arrays else table[name]
-                    columns.append(((table[name] - train.mean()) / (train.std() or 1))[:, np.newaxis])
-            arrays.append((np.hstack(columns)[:limit].astype("float32"), labels[:limit], table))
-        return *((inputs, labels) for inputs, labels, _ in arrays), info.features[info.supervised_keys[1]].num_classes
+        feature = info.features[info.supervised_keys[0]]
+        (training, _), *_ = splits = tfds.as_numpy(splits)
+        arrays = [(in_columns(feature, values, training)[:limit], labels[:limit]) for values, labels in splits]
+        return *arrays, info.features[info.supervised_keys[1]].num_classes
     except Exception as error:
         cause = str(error).strip().partition("\n")[0].rstrip(".")
         error.add_note(
             f"{dataset!r} was not loaded from {data_dir}: {cause}. Use --data-dir to name a folder in which TensorFlow "
             "Datasets has prepared the set (`tfds build NAME --data_dir FOLDER` does so); the set must have rows of "
-            "numbers and categories with a label, and splits for training, validation and test. The recipes' own is in "
-            "the folder data of their repository."
+            "numbers and categories with a label, or labelled images of one size, a train and a test split. The "
+            "recipes' own is in the folder data of their repository."
         )
         raise
+
+
+def in_columns(feature, values, training):
+    """Return the values of a feature as columns, a table's scaled by those of the training rows."""
+    if isinstance(feature, tfds.features.Image):
+        largest = np.iinfo(values.dtype).max if values.dtype.kind == "u" else 1  # floats are taken as they are
+        return values.reshape(len(values), -1).astype("float32") / largest
+    columns = []
+    # Sorted, for the set itself has its columns in another order in each process.
+    for name, column in sorted(feature.items()):
+        if isinstance(column, tfds.features.ClassLabel):
+            columns.append(np.eye(column.num_classes)[values[name]])
+        else:
+            scaled = (values[name] - training[name].mean()) / (training[name].std() or 1)
+            columns.append(scaled[:, np.newaxis])
+    return np.hstack(columns).astype("float32")
+
+
+def thinned(inputs, labels):
+    """Return the examples with label 1 for those of class RARE, of which one stays for every OTHERS with label 0.
+
+    Raises:
+        ValueError: no example is of class RARE.
+    """
+    rare, others = np.flatnonzero(labels == RARE), np.flatnonzero(labels != RARE)
+    if not len(rare):
+        raise ValueError(
+            f"No example of a split is of class {RARE}, the one to be made rare: use a larger set, or another RARE."
+        )
+    index = np.sort(np.concatenate([others, rare[: max(1, len(others) // OTHERS)]]))
+    return inputs[index], (labels[index] == RARE).astype("int64")
 
 
 def build_model(columns):
@@ -143,7 +171,8 @@ def main(
     """Train a network on a table with a rare class, as it is and with three remedies, and compare how it ranks.
 
     Args:
-        dataset: name of a table of TensorFlow Datasets whose labels are of two classes, the second one rare.
+        dataset: name of a set of TensorFlow Datasets: a table or images whose labels are of two classes, the second one
+            rare, or of more, of which one is then made rare.
         data_dir: folder with the prepared data set.
         epochs: passes over the training data.
         seeds: number of paired repetitions; from 5 on there are verdicts, 10 are worth reporting.
@@ -151,7 +180,10 @@ def main(
         save: NAME, to write the result to NAME.json and the picture to NAME.svg.
         search: find the best learning rate of each variant, on validation data, in place of the comparison.
     """
-    train, validation, (inputs, labels), _ = load(dataset, data_dir, limit)
+    train, validation, test, classes = load(dataset, data_dir, limit)
+    if classes > 2:
+        train, validation, test = (thinned(*data) for data in (train, validation, test))
+    inputs, labels = test
     ones = max(1, int(np.sum(train[1] == 1)))
     times = round((len(train[1]) - ones) / ones)
     batch_size = 128
@@ -159,7 +191,7 @@ def main(
         metric="average precision",
         margin=0.01,
         validation=validation,
-        test=(inputs, labels),
+        test=test,
         same_start=False,  # it is the seed that makes the starts equal, for runs are added after their training
         settings={"dataset": dataset, "limit": limit, "epochs": epochs},
         columns={
