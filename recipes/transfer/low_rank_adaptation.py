@@ -52,7 +52,7 @@ VARIANTS = {
 HEADLINE = "rank 4"
 
 # Learning rates of Adam.
-GRID = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+GRID = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 
 # Many steps a call: equal weights, less time. On PyTorch, Keras knows single steps only.
 STEPS_PER_CALL = 1 if keras.backend.backend() == "torch" else 32
