@@ -42,8 +42,8 @@ from callbacks import Comparison
 
 # The schedule, and its highest learning rate, the best of GRID for the longest training (--search).
 VARIANTS = {
-    "cosine": ("cosine", 0.001),
-    "stable, decay": ("decay", 0.001),
+    "cosine": ("cosine", 0.003),
+    "stable, decay": ("decay", 0.003),
     "stable alone": ("stable", 0.001),
 }
 
