@@ -1,6 +1,7 @@
-"""Warmup stable decay: holds the learning rate, and lets it fall to zero only when you want to stop.
+"""Warmup stable decay: lets the learning rate fall to zero only when you want to stop, and holds it until then.
 
-Symptom: a cosine has to know its last step. You do not, or you want good weights after several lengths of training.
+Symptom: your cosine has ended at a rate of zero, and you want to train on. It had to know its last step, and you did
+not; or you want good weights after several lengths of training.
 
 Technique: with W steps of warm-up, peak rate η, and a decay over the last D of T steps, step i, counted from 0, is made
 at η · min(1, i / W, (T - i) / D). Before the decay nothing depends on T. So one training at the peak, the trunk, serves
