@@ -55,9 +55,8 @@ HEADLINE = "class weight"
 # Learning rates of Adam.
 GRID = (0.0001, 0.0003, 0.001, 0.003, 0.01)
 
-# Of more than two classes, one is the rare one (a shirt, which networks confuse most with others): there are so many
-# examples of the others for each of its own.
-RARE, OTHERS = 6, 100
+# Of more than two classes, the last is made the rare one: for each of its examples there are so many others.
+OTHERS = 100
 
 # Many steps a call: equal weights, less time. On PyTorch, Keras knows single steps only.
 STEPS_PER_CALL = 1 if keras.backend.backend() == "torch" else 32
@@ -110,19 +109,17 @@ def in_columns(feature, values, training):
     return np.hstack(columns).astype("float32")
 
 
-def thinned(inputs, labels):
-    """Return the examples with label 1 for those of class RARE, of which one stays for every OTHERS with label 0.
+def thinned(inputs, labels, rare):
+    """Return the examples with label 1 for those of class `rare`, of which one stays for OTHERS examples with label 0.
 
     Raises:
-        ValueError: no example is of class RARE.
+        ValueError: no example is of that class.
     """
-    rare, others = np.flatnonzero(labels == RARE), np.flatnonzero(labels != RARE)
-    if not len(rare):
-        raise ValueError(
-            f"No example of a split is of class {RARE}, the one to be made rare: use a larger set, or another RARE."
-        )
-    index = np.sort(np.concatenate([others, rare[: max(1, len(others) // OTHERS)]]))
-    return inputs[index], (labels[index] == RARE).astype("int64")
+    ones, zeros = np.flatnonzero(labels == rare), np.flatnonzero(labels != rare)
+    if not len(ones):
+        raise ValueError(f"No example of a split is of class {rare}, which is to be the rare one: use a larger --limit.")
+    index = np.sort(np.concatenate([zeros, ones[: max(1, len(zeros) // OTHERS)]]))
+    return inputs[index], (labels[index] == rare).astype("int64")
 
 
 def build_model(columns):
@@ -172,7 +169,7 @@ def main(
 
     Args:
         dataset: name of a set of TensorFlow Datasets: a table or images whose labels are of two classes, the second one
-            rare, or of more, of which one is then made rare.
+            rare, or of more, the last of which is made rare.
         data_dir: folder with the prepared data set.
         epochs: passes over the training data.
         seeds: number of paired repetitions; from 5 on there are verdicts, 10 are worth reporting.
@@ -182,7 +179,7 @@ def main(
     """
     train, validation, test, classes = load(dataset, data_dir, limit)
     if classes > 2:
-        train, validation, test = (thinned(*data) for data in (train, validation, test))
+        train, validation, test = (thinned(*data, classes - 1) for data in (train, validation, test))
     inputs, labels = test
     ones = max(1, int(np.sum(train[1] == 1)))
     times = round((len(train[1]) - ones) / ones)
