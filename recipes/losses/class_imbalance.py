@@ -117,7 +117,7 @@ def thinned(inputs, labels, rare):
     """
     ones, zeros = np.flatnonzero(labels == rare), np.flatnonzero(labels != rare)
     if not len(ones):
-        raise ValueError(f"No example of a split is of class {rare}, which is to be the rare one: use a larger --limit.")
+        raise ValueError(f"No example of a split is of class {rare}, to be made the rare one: take more examples.")
     index = np.sort(np.concatenate([zeros, ones[: max(1, len(zeros) // OTHERS)]]))
     return inputs[index], (labels[index] == rare).astype("int64")
 
