@@ -42,9 +42,9 @@ from callbacks import Comparison
 # The rank, 0 for the head alone and None for all weights, and the best rate of GRID (--search).
 VARIANTS = {
     "all weights": (None, 0.001),
-    "head alone": (0, 0.03),
+    "head alone": (0, 0.1),
     "rank 1": (1, 0.01),
-    "rank 4": (4, 0.01),
+    "rank 4": (4, 0.003),
     "rank 16": (16, 0.003),
 }
 
