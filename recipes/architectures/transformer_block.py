@@ -52,7 +52,7 @@ HEADLINE = "pre-norm"
 GRID = (0.0003, 0.001, 0.003, 0.01, 0.03)
 
 # Characters in a sequence; units of each, attention heads, blocks.
-LENGTH, WIDTH, HEADS, BLOCKS = 64, 48, 4, 6
+LENGTH, WIDTH, HEADS, BLOCKS = 64, 32, 2, 6
 
 # Many steps a call: equal weights, less time. On PyTorch, Keras knows single steps only.
 STEPS_PER_CALL = 1 if keras.backend.backend() == "torch" else 32

@@ -13,8 +13,8 @@ TEXTS = GENERATOR.integers(0, CHARACTERS, (5, LENGTH))
 def recipe(import_recipe):
     recipe = import_recipe("architectures/transformer_block")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "LENGTH", LENGTH)
-        patch.setattr(recipe, "BLOCKS", 2)
+        for name, value in {"LENGTH": LENGTH, "WIDTH": WIDTH, "HEADS": HEADS, "BLOCKS": 2}.items():
+            patch.setattr(recipe, name, value)
         yield recipe
 
 
