@@ -41,7 +41,14 @@ FURTHER = {
 SEEDS, SEARCH_SEEDS = 10, 3
 
 # Recipes whose subject is time: each is measured alone, with all cores; its search is not, for it compares no times.
-EXCLUSIVE = {"bag_of_tricks", "fewer_calls", "mixed_precision", "quantization"}
+EXCLUSIVE = {
+    "bag_of_tricks",
+    "data_parallel",
+    "fewer_calls",
+    "mixed_precision",
+    "quantization",
+    "rematerialization",
+}
 
 # Patterns of what a measured figure looks like.
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
