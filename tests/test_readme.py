@@ -245,7 +245,6 @@ def stand_ins(recipe):
     names |= {"images": images, "labels": labels, "train": (images, labels), "validation": (images, labels)}
     names |= {"inputs": keras.Input((8, 8, 1)), "training_images": images, "classes": 3, "filters": 4, "logits": []}
     names |= {"x": images[:8] if recipe.stem == "monte_carlo_dropout" else keras.Input((8, 8, 8))}
-    names |= {"teacher": model, "student": keras.models.clone_model(model), "sublayer": layers.Dense(8)}
     names |= {"optimizer": "adam", "loss": "sparse_categorical_crossentropy", "zeros": 19, "ones": 1}
     names |= {"validation_inputs": images, "validation_labels": labels % 2}
     names |= {"examples": count, "batch_size": 256, "epochs": 2, "epochs_per_cycle": 1, "cycle_steps": count // 32}
